@@ -1,0 +1,1 @@
+"""Triton kernels, imported as tarflow_fast.kernels.triton."""

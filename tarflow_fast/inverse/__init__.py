@@ -1,0 +1,1 @@
+"""How a flow block is inverted."""

@@ -1,0 +1,1 @@
+"""Dispatch to the Triton kernels, which live in the top-level folder kernels/."""
