@@ -1,0 +1,125 @@
+// Chooses an instruction set when the library is loaded and forwards every exported function to it. Compiled once, for
+// the plain machine: nothing here may need more than every processor has.
+#include <string.h>
+
+#include "table.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace tf {
+
+#define TF_DECLARE(isa)         \
+    namespace isa {             \
+    extern const Table table;   \
+    }
+TF_DECLARE(baseline)
+#ifdef TF_HAVE_avx2
+TF_DECLARE(avx2)
+#endif
+#ifdef TF_HAVE_avx512
+TF_DECLARE(avx512)
+#endif
+#ifdef TF_HAVE_avx512bf16
+TF_DECLARE(avx512bf16)
+#endif
+
+namespace {
+
+enum Level { BASELINE, AVX2, AVX512, AVX512BF16 };
+
+struct Entry {
+    Level level;
+    const Table* table;
+};
+
+// Slowest first.
+const Entry entries[] = {
+    {BASELINE, &baseline::table},
+#ifdef TF_HAVE_avx2
+    {AVX2, &avx2::table},
+#endif
+#ifdef TF_HAVE_avx512
+    {AVX512, &avx512::table},
+#endif
+#ifdef TF_HAVE_avx512bf16
+    {AVX512BF16, &avx512bf16::table},
+#endif
+};
+
+const Table* chosen = &baseline::table;
+
+// What the processor has is not enough: the operating system must also save the wide registers (XCR0), else using them
+// raises an illegal instruction or loses state at a context switch.
+Level machine_level() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    const auto has = [](unsigned reg, int bit) { return (reg >> bit & 1u) != 0; };
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return BASELINE;
+    if (!has(c, 27) || !has(c, 28) || !has(c, 12) || !has(c, 29)) return BASELINE;  // OSXSAVE, AVX, FMA, F16C
+    unsigned xcr0, high;
+    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+    if ((xcr0 & 0x6) != 0x6) return BASELINE;  // SSE and AVX state
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, 5)) return BASELINE;
+    if ((xcr0 & 0xe0) != 0xe0) return AVX2;  // opmask, upper halves of zmm0-15, zmm16-31
+    const bool f_dq_bw_vl = has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);
+    if (!f_dq_bw_vl) return AVX2;
+    const bool vnni = has(c, 11);
+    if (vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5)) return AVX512BF16;
+    return AVX512;
+#else
+    return BASELINE;
+#endif
+}
+
+}  // namespace
+}  // namespace tf
+
+using tf::chosen;
+
+int tf_abi_version(void) { return TF_ABI_VERSION; }
+
+const char* tf_built_isas(void) {
+    return "baseline"
+#ifdef TF_HAVE_avx2
+           ",avx2"
+#endif
+#ifdef TF_HAVE_avx512
+           ",avx512"
+#endif
+#ifdef TF_HAVE_avx512bf16
+           ",avx512bf16"
+#endif
+        ;
+}
+
+int tf_select_isa(const char* name) {
+    const tf::Level level = tf::machine_level();
+    if (name == nullptr) {
+        for (const tf::Entry& entry : tf::entries)
+            if (entry.level <= level) chosen = entry.table;
+        return TF_OK;
+    }
+    for (const tf::Entry& entry : tf::entries) {
+        if (strcmp(entry.table->name, name) != 0) continue;
+        if (entry.level > level) return TF_ISA_UNSUPPORTED;
+        chosen = entry.table;
+        return TF_OK;
+    }
+    return TF_ISA_UNKNOWN;
+}
+
+const char* tf_isa(void) { return chosen->name; }
+
+int tf_has_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void tf_test_exp(const float* x, float* y, int64_t n) { chosen->test_exp(x, y, n); }
+
+int tf_test_round(const float* x, float* y, int64_t n, int dtype) { return chosen->test_round(x, y, n, dtype); }
