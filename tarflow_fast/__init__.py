@@ -1,3 +1,30 @@
-"""Fast exact normalizing flows: TarFlow (arXiv 2412.06329) with the same weights, calls and numbers, at hardware speed."""
+"""Fast exact normalizing flows: TarFlow (arXiv 2412.06329), same weights, same calls, same numbers, at hardware speed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tarflow_fast.block import MetaBlock
+    from tarflow_fast.model import Model, NonFiniteError, TarFlow
+    from tarflow_fast.reference import ReferenceTarFlow
 
 __version__ = "0.1.0"
+__all__ = ["MetaBlock", "Model", "NonFiniteError", "ReferenceTarFlow", "TarFlow", "__version__"]
+
+_HOMES = {
+    "TarFlow": "model",
+    "Model": "model",
+    "NonFiniteError": "model",
+    "MetaBlock": "block",
+    "ReferenceTarFlow": "reference",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Loaded when asked for: `tarflow-fast --help` should not wait for torch.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"tarflow_fast.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'tarflow_fast' has no attribute {name!r}")

@@ -1,0 +1,68 @@
+"""Guidance: extrapolating the conditional prediction away from an unguided one, in the log-scale a and the shift b.
+
+    a = a_c + g_i (a_c - a_u),  b likewise;   g_i = g, or g (i + 1) / (T - 1) when annealed     (arXiv 2412.06329, 2.5)
+
+The unguided pass takes the mean class embedding, and attention logits divided by `attn_temp`. Both passes run as 2B
+rows of one: rows 0 .. B-1 conditional, rows B .. 2B-1 unguided, so that every weight is read once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The four guidance arguments of `TarFlow.reverse`, checked.
+
+    Raises:
+        TypeError: an argument is not a number, string or bool.
+        ValueError: weight negative or not finite, `what` not made of 'a' and 'b', attn_temp not positive and finite.
+    """
+
+    weight: float = 0.0
+    what: str = "ab"
+    attn_temp: float = 1.0
+    annealed: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("guidance", self.weight), ("attn_temp", self.attn_temp)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"reverse: {name} must be a number, got {type(value).__name__}")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"reverse: guidance must be finite and >= 0, got {self.weight}")
+        if not (math.isfinite(self.attn_temp) and self.attn_temp > 0):
+            raise ValueError(f"reverse: attn_temp must be finite and > 0, got {self.attn_temp}")
+        if self.what not in ("a", "b", "ab", "ba"):
+            raise ValueError(f"reverse: guide_what must be 'a', 'b' or 'ab', got {self.what!r}")
+
+    @property
+    def active(self) -> bool:
+        return self.weight > 0
+
+    def batch_classes(self, conditional: Tensor | None, unguided: Tensor | None, B: int) -> Tensor | None:
+        """Class embeddings of the rows of a pass: (B, 1, C) or (1, C), and with guidance (2B, 1, C)."""
+        if not self.active or conditional is None or unguided is None:
+            return conditional
+        return torch.cat([conditional.expand(B, 1, -1), unguided.expand(B, 1, -1)])
+
+    def query_scale(self, B: int, like: Tensor) -> Tensor | None:
+        """Per-row factor on the queries, (2B, 1, 1, 1), in float32 or wider; None where all logits keep their scale."""
+        if not self.active or self.attn_temp == 1:
+            return None
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        scale = torch.ones(2 * B, 1, 1, 1, dtype=dtype, device=like.device)
+        scale[B:] /= self.attn_temp
+        return scale
+
+    def combine(self, a: Tensor, b: Tensor, i: int, T: int) -> tuple[Tensor, Tensor]:
+        """Rows (2B, ...) of both passes -> guided rows (B, ...) for the output of token i."""
+        if not self.active:
+            return a, b
+        g = self.weight * (i + 1) / (T - 1) if self.annealed else self.weight
+        (a, a_u), (b, b_u) = a.chunk(2), b.chunk(2)
+        return (a + g * (a - a_u) if "a" in self.what else a), (b + g * (b - b_u) if "b" in self.what else b)

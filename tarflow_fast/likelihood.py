@@ -1,0 +1,151 @@
+"""What a flow knows about data: log-likelihood, bits per dimension, denoising by the score, classes by Bayes' rule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tarflow_fast.validate import check_positive_int
+
+# Values saved for backward, per token, layer and channel: two LayerNorm inputs and outputs (4), qkv (3), attention's
+# output twice (2), fc1's output before and after GELU (8), the residual sums (2).
+_SAVED_VALUES = 19
+
+
+class LikelihoodMixin:
+    """Methods of `TarFlow` built on `forward` alone."""
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """log p(x | y) = log N(z; 0, var) + log |det dz/dx|, in nats, summed over all dimensions.
+
+        Args:
+            x: (B, in_channels, height, width), the parameters' dtype.
+            y: (B,) integer labels, negative for none; or None.
+
+        Returns:
+            (B,), float32 (float64 for a float64 model); differentiable in x and the parameters.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        z, _, logdets = self(x, y)
+        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+        z, var = z.to(wide), self.var.to(wide)
+        log_prior = -0.5 * (z.square() / var + torch.log(2 * math.pi * var)).sum(dim=(1, 2))
+        return log_prior + logdets * z[0].numel() if len(z) else log_prior
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        levels: int = 256,
+        n_draws: int = 1,
+        seed: int | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Bits per subpixel of integer images under uniform dequantisation, an upper bound on the exact code length:
+
+            -mean over draws of log2 p((x + u) / levels * 2 - 1) / dims + log2(levels / 2),   u uniform in [0, 1)
+
+        Args:
+            x: (B, in_channels, height, width) integers in [0, levels), uint8 for 8-bit images.
+            y: (B,) labels or None.
+            levels: grey levels of the data (256 for 8-bit images).
+            n_draws: dequantisation draws to average over.
+            seed: of the draws, made on the CPU; None for the global generator.
+            batch_size: images evaluated together.
+
+        Returns:
+            (B,) float64, on the CPU.
+
+        Raises:
+            TypeError, ValueError: x not of an integer dtype or outside [0, levels); otherwise as `forward`.
+        """
+        check_positive_int("bits_per_dim", "levels", levels, 2)
+        check_positive_int("bits_per_dim", "n_draws", n_draws)
+        check_positive_int("bits_per_dim", "batch_size", batch_size)
+        if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"bits_per_dim: x must be a tensor of integers in [0, {levels}), got {got}")
+        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= levels):
+            raise ValueError(f"bits_per_dim: x must be in [0, {levels}), got [{int(x.min())}, {int(x.max())}]")
+        y = self._check_images("bits_per_dim", x.to(self.var), y)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        dims = self.num_tokens * self.token_size
+        total = torch.zeros(len(x), dtype=torch.float64)
+        for _ in range(n_draws):
+            for start in range(0, len(x), batch_size):
+                rows = slice(start, start + batch_size)
+                u = torch.rand(x[rows].shape, generator=generator).to(x.device)
+                images = ((x[rows] + u) / levels * 2 - 1).to(self.var)
+                total[rows] += self.log_prob(images, None if y is None else y[rows]).double().cpu()
+        return -total / n_draws / dims / math.log(2) + math.log2(levels / 2)
+
+    def denoise(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        noise_std: float = 0.05,
+        *,
+        batch_size: int | None = None,
+        memory_limit: int = 2**31,
+    ) -> Tensor:
+        """Remove the noise the flow was trained with, by Tweedie's formula: x + noise_std^2 * grad_x log p(x | y).
+
+        Args:
+            x: (B, in_channels, height, width) noisy images, as `sample` draws them.
+            y: (B,) labels or None.
+            noise_std: standard deviation of the training noise (arXiv 2412.06329, section 2.4), in units of x; > 0.
+            batch_size: images differentiated together; None: as many as fit memory_limit, at least one.
+            memory_limit: bytes of saved activations to stay within.
+
+        Returns:
+            Denoised images, shaped and typed as x, without gradient.
+
+        Raises:
+            TypeError, ValueError: as `forward`; noise_std, batch_size or memory_limit not positive.
+        """
+        if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
+            raise TypeError(f"denoise: noise_std must be a number, got {type(noise_std).__name__}")
+        if not (math.isfinite(noise_std) and noise_std > 0):
+            raise ValueError(f"denoise: noise_std must be finite and > 0, got {noise_std}")
+        check_positive_int("denoise", "memory_limit", memory_limit)
+        if batch_size is None:
+            layers = len(self.blocks) * self.layers_per_block
+            row_bytes = layers * self.num_tokens * self.channels * _SAVED_VALUES * self.var.element_size()
+            batch_size = max(1, memory_limit // row_bytes)
+        check_positive_int("denoise", "batch_size", batch_size)
+        y = self._check_images("denoise", x, y)
+        clean = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
+            with torch.enable_grad():
+                noisy = x[rows].detach().requires_grad_()
+                log_prob = self.log_prob(noisy, None if y is None else y[rows])
+                (score,) = torch.autograd.grad(log_prob.sum(), noisy)
+            clean[rows] = (noisy + noise_std**2 * score).detach()
+        return clean
+
+    @torch.no_grad()
+    def classify(self, x: Tensor) -> Tensor:
+        """Classes by Bayes' rule under equal priors: log p(class | x) = log_softmax over classes of log p(x | class).
+
+        Args:
+            x: (B, in_channels, height, width).
+
+        Returns:
+            (B, num_classes) log-probabilities, float32 or float64.
+
+        Raises:
+            ValueError: the flow is unconditional; otherwise as `forward`.
+        """
+        if not self.num_classes:
+            raise ValueError("classify: needs a class-conditional flow, got num_classes = 0")
+        self._check_images("classify", x, None)
+        labels = torch.arange(self.num_classes, device=x.device)
+        scores = [self.log_prob(x, label.expand(len(x))) for label in labels]
+        return torch.log_softmax(torch.stack(scores, dim=1), dim=1)

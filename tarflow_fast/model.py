@@ -1,0 +1,315 @@
+"""TarFlow: the drop-in model. Parameters, state_dict, forward, reverse and sample; likelihoods are in likelihood.py."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tarflow_fast.block import HEAD_SIZE, MetaBlock
+from tarflow_fast.checkpoint import CheckpointMixin
+from tarflow_fast.inverse import Guidance, KVCache, invert_block
+from tarflow_fast.likelihood import LikelihoodMixin
+from tarflow_fast.ops.registry import BACKENDS
+from tarflow_fast.validate import check_labels, check_positive_int, check_tensor, quiet_stream
+
+NONFINITE = ("warn", "raise", "ignore")
+
+
+class NonFiniteError(ArithmeticError):
+    """An inverse overflowed: the message counts the rows and names the first block, token and row."""
+
+
+class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
+    """A stack of autoregressive transformer flows on image patches (TarFlow, arXiv 2412.06329).
+
+    K flow blocks map image tokens x to noise z; odd blocks see the tokens in reverse order; the prior is N(0, var).
+    Parameters, buffers, state_dict keys and results are those of the original implementation.
+
+    Args:
+        in_channels: channels of the image.
+        img_size: side of the image in pixels, or (height, width); a multiple of patch_size.
+        patch_size: side of a patch. T = (height / patch_size) (width / patch_size), D = in_channels * patch_size**2.
+        channels: width C of the transformers, a multiple of 64 (the head size).
+        num_blocks: K.
+        layers_per_block: L.
+        nvp: False drops the log-scale (volume preserving); the prior's variance is then learned by `update_prior`.
+        num_classes: 0 for an unconditional flow.
+        backend: 'auto', 'torch', 'cpu', 'triton' or 'cuda': which kernels to use. One asked for by name that cannot run
+            raises when it is used; 'auto' follows TARFLOW_FAST_BACKEND, then what is there.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, not positive, or does not divide as it must.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        channels: int,
+        num_blocks: int,
+        layers_per_block: int,
+        nvp: bool = True,
+        num_classes: int = 0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        pair = isinstance(img_size, (tuple, list)) and len(img_size) == 2
+        height, width = img_size if pair else (img_size, img_size)
+        for name, value, minimum in (
+            ("in_channels", in_channels, 1),
+            ("img_size", height, 1),
+            ("img_size", width, 1),
+            ("patch_size", patch_size, 1),
+            ("channels", channels, 1),
+            ("num_blocks", num_blocks, 1),
+            ("layers_per_block", layers_per_block, 1),
+            ("num_classes", num_classes, 0),
+        ):
+            check_positive_int("TarFlow", name, value, minimum)
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"TarFlow: img_size must be a multiple of patch_size = {patch_size}, got {img_size}")
+        if channels % HEAD_SIZE:
+            raise ValueError(f"TarFlow: channels must be a multiple of {HEAD_SIZE}, got {channels}")
+        self.in_channels, self.patch_size, self.channels = in_channels, patch_size, channels
+        self.img_size = height if height == width else (height, width)
+        self.layers_per_block, self.nvp, self.num_classes = layers_per_block, bool(nvp), num_classes
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_tokens, self.token_size = self.grid[0] * self.grid[1], in_channels * patch_size**2
+        self.backend = backend
+        self.blocks = nn.ModuleList(
+            MetaBlock(
+                self.token_size,
+                channels,
+                self.num_tokens,
+                flip=k % 2 == 1,
+                num_layers=layers_per_block,
+                nvp=self.nvp,
+                num_classes=num_classes,
+            )
+            for k in range(num_blocks)
+        )
+        self.register_buffer("var", torch.ones(self.num_tokens, self.token_size))
+
+    @property
+    def backend(self) -> str:
+        """The backend every op of this model is asked to use."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(f"TarFlow: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        self._backend = name
+
+    @property
+    def config(self) -> dict[str, object]:
+        """The constructor's arguments, as JSON can hold them; what `save_pretrained` writes."""
+        return {
+            "in_channels": self.in_channels,
+            "img_size": self.img_size if isinstance(self.img_size, int) else list(self.img_size),
+            "patch_size": self.patch_size,
+            "channels": self.channels,
+            "num_blocks": len(self.blocks),
+            "layers_per_block": self.layers_per_block,
+            "nvp": self.nvp,
+            "num_classes": self.num_classes,
+        }
+
+    def _check_images(self, where: str, x: object, y: object) -> Tensor | None:
+        height, width = (side * self.patch_size for side in self.grid)
+        check_tensor(where, "x", x, ("B", self.in_channels, height, width), self.var)
+        return check_labels(where, y, x.size(0), self.num_classes, self.var)
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """Images (B, in_channels, height, width) -> tokens (B, T, D); a token holds (channel, row, column) of a patch."""
+        B, (rows, columns), p = x.size(0), self.grid, self.patch_size
+        patches = x.reshape(B, self.in_channels, rows, p, columns, p)
+        return patches.permute(0, 2, 4, 1, 3, 5).reshape(B, self.num_tokens, self.token_size)
+
+    def unpatchify(self, z: Tensor) -> Tensor:
+        """Tokens (B, T, D) -> images (B, in_channels, height, width)."""
+        B, (rows, columns), p = z.size(0), self.grid, self.patch_size
+        patches = z.reshape(B, rows, columns, self.in_channels, p, p)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(B, self.in_channels, rows * p, columns * p)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Images to noise: x -> z = f_K(... f_1(x)), with its log-determinant.
+
+        Args:
+            x: (B, in_channels, height, width) images, by custom in [-1, 1]; the parameters' dtype, any under autocast.
+            y: (B,) integer labels, negative for "no label" (the mean class embedding); None for no labels at all.
+                An unconditional flow takes no notice of them.
+
+        Returns:
+            z (B, T, D); outputs, the K tensors (B, T, D) after each block, z the last; and logdets (B,), float32
+            (float64 for a float64 model): log |det dz/dx| divided by T * D, summed over blocks.
+
+        Raises:
+            TypeError, ValueError: x or y of the wrong shape, dtype or device; a label not below num_classes.
+        """
+        y = self._check_images("forward", x, y)
+        tokens, outputs = self.patchify(x), []
+        logdets = torch.zeros((), device=x.device)
+        for block in self.blocks:
+            tokens, logdet = block(tokens, y, backend=self.backend)
+            logdets = logdets + logdet
+            outputs.append(tokens)
+        return tokens, outputs, logdets
+
+    def get_loss(self, z: Tensor, logdets: Tensor) -> Tensor:
+        """Negative log-likelihood under N(0, 1) per dimension, less its constant: 0.5 mean(z^2) - mean(logdets)."""
+        return 0.5 * z.pow(2).mean() - logdets.mean()
+
+    @torch.no_grad()
+    def update_prior(self, z: Tensor) -> None:
+        """Move the prior's variance a tenth of the way to the batch mean of z^2, z (B, T, D); for nvp=False."""
+        check_tensor("update_prior", "z", z, ("B", *self.var.shape), self.var)
+        self.var.lerp_(z.pow(2).mean(dim=0), 0.1)
+
+    def reverse(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        guidance: float = 0,
+        guide_what: str = "ab",
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+        return_sequence: bool = False,
+        *,
+        differentiable: bool = False,
+        nonfinite: str = "warn",
+        progress: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Noise to images, the inverse of `forward`: tokens are solved one after another, blocks last to first.
+
+        Args:
+            x: (B, T, D) standard normal noise; it is scaled by sqrt(var) inside, and never written.
+            y: (B,) integer labels, negative for "no label"; None for the mean class embedding.
+            guidance: weight g >= 0 of a = a_c + g (a_c - a_u), b likewise; the unguided pass u sees no label.
+            guide_what: 'a', 'b' or 'ab': what guidance acts on.
+            attn_temp: temperature of the attention logits of the unguided pass, > 0; guides flows without labels.
+            annealed_guidance: let g grow over the tokens, g (i + 1) / (T - 1).
+            return_sequence: return all K + 1 stages, noise first, instead of the images alone.
+            differentiable: keep an autograd graph (memory grows with T^2); without it the result carries no gradient.
+            nonfinite: what to do when a row overflows: 'warn' (and return it), 'raise' NonFiniteError, or 'ignore'.
+            progress: show a progress bar over all tokens of all blocks.
+
+        Returns:
+            Images (B, in_channels, height, width) in the dtype of x, or a list of K + 1 of them.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
+            NonFiniteError: see `nonfinite`.
+        """
+        check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var)
+        y = check_labels("reverse", y, x.size(0), self.num_classes, self.var)
+        guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"reverse: nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        T, K = self.num_tokens, len(self.blocks)
+        with (
+            torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
+            tqdm(total=K * (T - 1), desc="reverse", unit="token", disable=not progress, leave=False) as bar,
+        ):
+            kv_cache = KVCache(self.layers_per_block, T, growing=differentiable)
+            stages = [x]
+            tokens = x * self.var.sqrt()
+            for block in reversed(self.blocks):
+                tokens, _ = invert_block(block, tokens, y, guide, kv_cache, bar.update if progress else None)
+                stages.append(tokens)
+            if nonfinite != "ignore":
+                _report_nonfinite(stages, nonfinite)
+            return [self.unpatchify(s) for s in stages] if return_sequence else self.unpatchify(tokens)
+
+    def sample(
+        self,
+        n: int,
+        y: Tensor | int | None = None,
+        *,
+        guidance: float = 0.0,
+        guide_what: str = "ab",
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+        return_sequence: bool = False,
+        progress: bool = False,
+        nonfinite: str = "warn",
+    ) -> Tensor | list[Tensor]:
+        """Draw n images. The noise is made on the CPU in float32, so a seed means the same images on every device.
+
+        Args:
+            n: number of images.
+            y: (n,) integer labels, or one label for all, or None.
+            seed: seed of the noise; or pass a CPU `generator`; neither: the global CPU generator.
+            batch_size: images inverted together; None for all at once. It does not change the noise.
+            The rest as in `reverse`.
+
+        Returns:
+            (n, in_channels, height, width) images, or with return_sequence the list of K + 1 stages of them.
+
+        Raises:
+            TypeError, ValueError: as `reverse`; labels given to an unconditional flow; both seed and generator.
+        """
+        check_positive_int("sample", "n", n, 0)
+        batch_size = max(n, 1) if batch_size is None else check_positive_int("sample", "batch_size", batch_size)
+        if y is not None and not self.num_classes:
+            raise ValueError("sample: y must be None for an unconditional flow (num_classes = 0), got labels")
+        if isinstance(y, int) and not isinstance(y, bool):
+            y = torch.full((n,), y, device=self.var.device)
+        y = check_labels("sample", y, n, self.num_classes, self.var)
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("sample: pass seed or generator, got both")
+            generator = torch.Generator().manual_seed(check_positive_int("sample", "seed", seed, 0))
+        noise = torch.randn(n, *self.var.shape, generator=generator).to(self.var)
+        parts = [
+            self.reverse(
+                noise[start : start + batch_size],
+                None if y is None else y[start : start + batch_size],
+                guidance,
+                guide_what,
+                attn_temp,
+                annealed_guidance,
+                True,
+                nonfinite=nonfinite,
+                progress=progress,
+            )
+            for start in range(0, max(n, 1), batch_size)
+        ]
+        stages = [torch.cat(stage) for stage in zip(*parts)]
+        return stages if return_sequence else stages[-1]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.config.items())
+
+
+def _report_nonfinite(stages: list[Tensor], policy: str) -> None:
+    """Say which rows of the inverse overflowed, and where the first of them did. stages: noise, then block by block."""
+    if not quiet_stream(stages[-1]):
+        return
+    bad_rows = ~torch.isfinite(stages[-1]).all(dim=2).all(dim=1)
+    if not bad_rows.any():
+        return
+    for number, stage in enumerate(stages):
+        bad = ~torch.isfinite(stage).all(dim=2)
+        if bad.any():
+            break
+    row, token = (int(index) for index in bad.nonzero()[0])
+    place = "in the noise given" if number == 0 else f"first in block {len(stages) - 1 - number}"
+    message = (
+        f"reverse: {int(bad_rows.sum())} of {len(bad_rows)} rows are not finite, {place}, row {row}, token {token}; "
+        "the flow overflows there (lower guidance helps; nonfinite='raise' or 'ignore' changes this warning)"
+    )
+    if policy == "raise":
+        raise NonFiniteError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+Model = TarFlow

@@ -1,0 +1,72 @@
+"""Checks of what users hand to the model: each raises before anything is touched, naming function, argument, expected, got."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def quiet_stream(tensor: Tensor) -> bool:
+    """Whether values may be read back to the host: not while torch.compile traces or a CUDA graph is captured."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_positive_int(where: str, name: str, value: object, minimum: int = 1) -> int:
+    """An int (not bool) of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{where}: {name} must be >= {minimum}, got {value}")
+    return value
+
+
+def check_tensor(where: str, name: str, value: object, shape: tuple[int | str, ...], like: Tensor) -> Tensor:
+    """A dense floating tensor of `shape` (strings stand for any size), on the device and in the dtype of `like`.
+
+    Under autocast any floating dtype is taken, since the layers cast for themselves.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    matches = value.ndim == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, value.shape)
+    )
+    if not matches:
+        expected = "(" + ", ".join(str(size) for size in shape) + ")"
+        raise ValueError(f"{where}: {name} must have shape {expected}, got {tuple(value.shape)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got {value.layout}")
+    if value.device != like.device:
+        raise ValueError(f"{where}: {name} must be on the model's device {like.device}, got {value.device}")
+    if not value.is_floating_point() or (value.dtype != like.dtype and not autocast_enabled(value)):
+        raise TypeError(f"{where}: {name} must have the model's dtype {like.dtype}, got {value.dtype}")
+    return value
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def check_labels(where: str, y: object, B: int, num_classes: int, like: Tensor) -> Tensor | None:
+    """Labels (B,) of any integer dtype on the model's device, below num_classes (negative: no label), as int64.
+
+    None stays None, and an unconditional model (num_classes = 0) takes no notice of labels, as in the original.
+    """
+    if y is None or num_classes == 0:
+        return None
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{where}: y must be an integer torch.Tensor of shape ({B},), got {type(y).__name__}")
+    if y.dtype not in _INTEGERS:
+        raise TypeError(f"{where}: y must have an integer dtype, got {y.dtype}")
+    if y.shape != (B,):
+        raise ValueError(f"{where}: y must have shape ({B},), one label a row, got {tuple(y.shape)}")
+    if y.device != like.device:
+        raise ValueError(f"{where}: y must be on the model's device {like.device}, got {y.device}")
+    if B and quiet_stream(y) and int(y.max()) >= num_classes:
+        raise ValueError(
+            f"{where}: y must be below num_classes = {num_classes} (negative: no label), got {int(y.max())}"
+        )
+    return y.long()
