@@ -1,0 +1,73 @@
+"""The processes of one training run: alone, or started by torchrun (gloo on CPUs, NCCL on GPUs)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process's place among them.
+
+    rank: 0..world-1.  world: how many processes.  device: the one this process computes on.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """True on the one process that writes files and shows progress."""
+        return self.rank == 0
+
+    def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replaces tensor by its mean over all processes, in place, and returns it."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+
+@contextmanager
+def workers(device: str = "auto") -> Iterator[Workers]:
+    """Joins the run that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes, and leaves it at the end.
+
+    device: "auto" takes the process's GPU where there is one, else the CPU; or any torch device name.
+    Raises ValueError for a device that is not there.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        # rank 0 draws sample grids while the others wait for it in the next step's all_reduce: the default of minutes is short
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    try:
+        yield Workers(rank, world, chosen)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train: device must be auto, cpu, cuda or cuda:<number>, got {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"train: device {name!r} was asked for, and torch {torch.__version__} sees no GPU")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"train: device {device} was asked for, and there are {torch.cuda.device_count()} GPUs")
+    return device

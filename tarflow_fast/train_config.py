@@ -1,0 +1,192 @@
+"""What can be set for a training run: one dataclass, which is also the command line. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+# Where a field is None, the value comes from here.
+DIGITS: dict[str, Any] = dict(
+    img_size=8, in_channels=1, patch_size=2, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.1, drop_label=0.1,
+    batch_size=128, epochs=60.0, lr=2e-3, schedule="onecycle", warmup=0.2, ema=0.995,
+    log_every=10, checkpoint_every=200, sample_every=200,
+)  # fmt: skip
+FOLDER: dict[str, Any] = dict(
+    img_size=64, in_channels=3, patch_size=4, channels=512, num_blocks=4, layers_per_block=8, noise_std=0.05, drop_label=0.1,
+    batch_size=256, epochs=100.0, lr=1e-4, schedule="cosine", warmup=0.01, ema=0.9999,
+    log_every=50, checkpoint_every=1000, sample_every=1000,
+)  # fmt: skip
+
+# A run can only be continued with the same of these: they shape the tensors, or decide what a sample is.
+FIXED = (
+    "dataset", "holdout", "img_size", "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "nvp",
+    "noise_type", "noise_std", "drop_label", "flip", "batch_size", "seed",
+)  # fmt: skip
+NUMBERS = ("holdout", "accumulate", "lr_final", "weight_decay", "clip", "seed", "sample_guidance")
+# These say where and how a run is carried out; they are no part of what it computes.
+ELSEWHERE = ("out", "resume", "stop_at", "dry_run", "device", "progress", "config")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a flow on images and saves it. Values left out depend on the data set."""
+
+    dataset: str = "digits"
+    """digits, or a folder of images <class>/<file> (or just <file>, unlabeled)."""
+    out: Path | None = None
+    """Folder of the run: model/ (the flow), checkpoint.safetensors, metrics.jsonl, samples/. Default runs/<data set>."""
+    config: Path | None = None
+    """A .toml or .json file with values for these fields (a run's train.json serves); the command line goes first."""
+
+    img_size: int | tuple[int, int] | None = None
+    """Images are cropped and resized to this: pixels a side, or height and width."""
+    in_channels: Annotated[int | None, arg(aliases=["--channel_size"])] = None
+    """1 grey, 3 RGB."""
+    patch_size: int | None = None
+    """A token is patch_size x patch_size pixels."""
+    channels: int | None = None
+    """Width of the transformers, a multiple of 64."""
+    num_blocks: Annotated[int | None, arg(aliases=["--blocks"])] = None
+    """Flow blocks."""
+    layers_per_block: int | None = None
+    """Attention layers in each flow block."""
+    nvp: bool = True
+    """Scale and shift; --no_nvp shifts only and learns the prior's variance."""
+
+    noise_type: Literal["gaussian", "uniform"] = "gaussian"
+    """gaussian: noise_std is added to images in [-1, 1]. uniform: dequantisation; bits/dim is reported."""
+    noise_std: float | None = None
+    """Standard deviation of the Gaussian noise, for images in [-1, 1]."""
+    drop_label: float | None = None
+    """Share of labels dropped, which teaches the unconditional flow that guidance needs."""
+    flip: bool = False
+    """Mirrors half of the images left to right."""
+    holdout: float = 0.0
+    """Share of the images kept away from training; `evaluate --holdout` with the same share measures on them."""
+
+    batch_size: int | None = None
+    """Images a step, over all processes."""
+    accumulate: int = 1
+    """Parts a process cuts its share of the batch into, one backward each."""
+    epochs: float | None = None
+    """Passes over the data."""
+    lr: float | None = None
+    """Highest learning rate."""
+    lr_final: float = 1e-6
+    """Learning rate at the end."""
+    schedule: Literal["cosine", "onecycle"] | None = None
+    """cosine: linear rise from 0. onecycle: cosine rise from lr / 25. Both fall to lr_final along a cosine."""
+    warmup: float | None = None
+    """Share of the steps during which the learning rate rises."""
+    weight_decay: float = 1e-4
+    """AdamW's."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 switches clipping off."""
+    ema: float | None = None
+    """Decay of the averaged weights, the ones that are saved and sampled; ramped as min(ema, (1 + step) / (10 + step))."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast."""
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the weights in model/."""
+    seed: int = 0
+    """Everything random follows from it."""
+
+    resume: str = "auto"
+    """auto: continue where this folder's checkpoint stands; none: start afresh; or the path of a checkpoint."""
+    stop_at: int | None = None
+    """Saves and stops after this many steps; the learning rate still follows the whole run."""
+    log_every: int | None = None
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; 0: only at the end."""
+    sample_every: Annotated[int | None, arg(aliases=["--sample_freq"])] = None
+    """Steps between grids of samples; 0: only at the end."""
+    sample_guidance: Annotated[float, arg(aliases=["--cfg"])] = 1.0
+    """Guidance of those samples, where the data has classes."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    progress: bool | None = None
+    """Progress bar; left out: only on a terminal."""
+    dry_run: bool = False
+    """Reads the data, takes one step, samples, and writes nothing."""
+
+    def resolved(self) -> TrainConfig:
+        """The same with every None filled from the data set's defaults. Raises ValueError for values that cannot be."""
+        defaults = DIGITS if self.dataset == "digits" else FOLDER
+        full = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        if full.out is None:
+            full = replace(full, out=Path("runs") / Path(full.dataset).resolve().name)
+        full._check()
+        return full
+
+    def _check(self) -> None:
+        def need(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"train: {name} must be {expected}, got {getattr(self, name)}")
+
+        for field in fields(self):  # a settings file may hold anything
+            if field.name in FOLDER and field.name not in ("img_size", "schedule") or field.name in NUMBERS:
+                value = getattr(self, field.name)
+                need(field.name, isinstance(value, (int, float)) and not isinstance(value, bool), "a number")
+        for name in ("patch_size", "channels", "num_blocks", "layers_per_block", "batch_size", "accumulate", "log_every"):
+            need(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("checkpoint_every", "sample_every", "seed"):
+            need(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("epochs", "lr"):
+            need(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "positive and finite")
+        for name in ("noise_std", "lr_final", "weight_decay", "clip"):
+            need(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "finite and at least 0")
+        for name in ("drop_label", "warmup"):
+            need(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("holdout", "ema"):
+            need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        need("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        need("stop_at", self.stop_at is None or self.stop_at >= 1, "at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values of what the run computes (not of where and how it is carried out)."""
+        values = {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
+        return json.loads(json.dumps(values))
+
+    def difference(self, other: dict[str, Any]) -> list[str]:
+        """Names in FIXED whose value in `other` (a `to_json`) is not ours."""
+        ours = self.to_json()
+        return [name for name in FIXED if ours[name] != other.get(name)]
+
+
+def from_file(path: str | Path) -> TrainConfig:
+    """The settings in a .toml or .json file; a run's train.json is read by its "config" table.
+
+    Raises FileNotFoundError, or ValueError naming the file for bad syntax or an unknown name.
+    """
+    path = Path(path)
+    text = path.read_text()
+    try:
+        if path.suffix == ".toml":
+            try:
+                import tomllib
+            except ModuleNotFoundError as error:
+                raise ValueError("reading TOML needs Python 3.11; write the same values as .json") from error
+            values = tomllib.loads(text)
+        else:
+            values = json.loads(text)
+            values = values.get("config", values)
+    except ValueError as error:  # both parsers' errors are ValueErrors
+        raise ValueError(f"train: cannot read the settings in {path}: {error}") from error
+    known = {field.name for field in fields(TrainConfig)} - {"config"}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"train: {path} sets {unknown[0]}, which is none of {', '.join(sorted(known))}")
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    if "out" in values:
+        values["out"] = Path(values["out"])
+    return replace(TrainConfig(), **values)
