@@ -1,4 +1,4 @@
-"""Fast exact normalizing flows: TarFlow (arXiv 2412.06329), same weights, same calls, same numbers, at hardware speed."""
+"""Fast exact normalizing flows: TarFlow (arXiv 2412.06329), same weights, calls and numbers, at hardware speed."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         return check_labels(where, y, x.size(0), self.num_classes, self.var)
 
     def patchify(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, height, width) -> tokens (B, T, D); a token holds (channel, row, column) of a patch."""
+        """Images (B, in_channels, height, width) -> tokens (B, T, D); each a patch (channel, row, column)."""
         B, (rows, columns), p = x.size(0), self.grid, self.patch_size
         patches = x.reshape(B, self.in_channels, rows, p, columns, p)
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(B, self.num_tokens, self.token_size)
@@ -283,7 +283,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             )
             for start in range(0, max(n, 1), batch_size)
         ]
-        stages = [torch.cat(stage) for stage in zip(*parts)]
+        stages = [torch.cat(stage) for stage in zip(*parts, strict=True)]
         return stages if return_sequence else stages[-1]
 
     def extra_repr(self) -> str:
@@ -297,10 +297,7 @@ def _report_nonfinite(stages: list[Tensor], policy: str) -> None:
     bad_rows = ~torch.isfinite(stages[-1]).all(dim=2).all(dim=1)
     if not bad_rows.any():
         return
-    for number, stage in enumerate(stages):
-        bad = ~torch.isfinite(stage).all(dim=2)
-        if bad.any():
-            break
+    number, bad = next((k, b) for k, s in enumerate(stages) if (b := ~torch.isfinite(s).all(dim=2)).any())
     row, token = (int(index) for index in bad.nonzero()[0])
     place = "in the noise given" if number == 0 else f"first in block {len(stages) - 1 - number}"
     message = (

@@ -1,10 +1,12 @@
 """TarFlow in plain PyTorch: the definition of correct, and the honest speed baseline. Imports nothing of ours.
 
-A flow block maps tokens x to z with an affine step whose parameters come from a causal transformer (arXiv 2412.06329, section 2):
+A flow block maps tokens x to z by an affine step whose parameters come from a causal transformer
+(arXiv 2412.06329, section 2):
 
-    (a_i, b_i) = net(x_0 .. x_i);   z_0 = x_0;   z_{i+1} = (x_{i+1} - b_i) * exp(-a_i);   logdet = mean over (T, D) of -a
+    (a_i, b_i) = net(x_0 .. x_i);   z_0 = x_0;   z_{i+1} = (x_{i+1} - b_i) * exp(-a_i)
+    logdet = mean over (T, D) of -a
 
-It is deliberately as direct as the paper's own sampler, and no slower: in `forward` attention takes an explicit causal mask; in
+It is as direct as the paper's own sampler, and no slower: in `forward` attention takes an explicit causal mask; in
 `reverse` every token is one Python step, the key/value cache grows by `torch.cat`, and guidance makes two passes.
 Runs in float32, float64, bfloat16, and under autocast; statistics, exp and log-determinants are float32 or wider.
 

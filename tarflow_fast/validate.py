@@ -1,4 +1,4 @@
-"""Checks of what users hand to the model: each raises before anything is touched, naming function, argument, expected, got."""
+"""Checks of what users hand to the model: each raises before anything is touched, naming argument, expected, got."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_tensor(where: str, name: str, value: object, shape: tuple[int | str, .
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
     matches = value.ndim == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape)
+        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
     )
     if not matches:
         expected = "(" + ", ".join(str(size) for size in shape) + ")"
