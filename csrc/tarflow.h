@@ -42,6 +42,22 @@ TF_EXPORT const char* tf_isa(void);
 // 1 if the library was built with OpenMP, else 0 (then every call runs on one thread).
 TF_EXPORT int tf_has_openmp(void);
 
+// ---- affine (formula: tarflow_fast/ops/affine.py) ---------------------------------------------------------------------
+
+// z = (x - b) exp(-a) with the shift by one token, log_det[row] = -sum a.
+//   x, z: (B, T, D) of x_dtype; ab: (B, T, 2D) when scale, halves (a, b), else (B, T, D) = b, of ab_dtype; log_det: (B,)
+//   float32, or float64 when x is. All contiguous. T, D >= 1, B >= 0. flip: the net saw the tokens in reverse.
+//   (x, ab) dtypes: (f64, f64), (f32, f32), (f32, bf16), (f32, f16), (bf16, bf16), (f16, f16); else TF_BAD_DTYPE.
+//   Computed in fp32 (fp64 for f64), log_det summed in fp64. TF_NO_MEMORY possible.
+TF_EXPORT int tf_affine_forward(const void* x, const void* ab, void* z, void* log_det, int64_t B, int64_t T, int64_t D,
+                                int scale, int flip, int x_dtype, int ab_dtype, int threads);
+
+// Gradients of the above: dz like z and dlog_det like log_det in; dx like x and dab like ab out, every element written
+// (zeros for the ab of the last token).
+TF_EXPORT int tf_affine_backward(const void* dz, const void* dlog_det, const void* x, const void* ab, void* dx,
+                                 void* dab, int64_t B, int64_t T, int64_t D, int scale, int flip, int x_dtype,
+                                 int ab_dtype, int threads);
+
 // ---- test access to the SIMD layer -----------------------------------------------------------------------------------
 
 // y[k] = exp(x[k]); x, y: (n,) float32, may be the same. One thread.

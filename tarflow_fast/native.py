@@ -15,7 +15,8 @@ from typing import Any
 
 import torch  # before the library: the two then share torch's copy of libgomp, hence one thread pool
 
-__all__ = ["DTYPES", "available", "build_report", "check", "isa", "isas", "library", "pointer", "reason", "threads"]
+__all__ = ["DTYPES", "NativeUnavailable", "available", "build_report", "check", "check_override"]
+__all__ += ["isa", "isas", "library", "pointer", "reason", "threads"]
 
 ABI_VERSION = 1
 LIBRARY = Path(__file__).parent / "_tarflow_cpu.so"
@@ -31,6 +32,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_select_isa": (_int, [_str]),
     "tf_isa": (_str, []),
     "tf_has_openmp": (_int, []),
+    "tf_affine_forward": (_int, [_void] * 4 + [_long] * 3 + [_int] * 5),
+    "tf_affine_backward": (_int, [_void] * 6 + [_long] * 3 + [_int] * 5),
     "tf_test_exp": (None, [_void, _void, _long]),
     "tf_test_round": (_int, [_void, _void, _long, _int]),
 }
@@ -64,6 +67,12 @@ def reason() -> str:
     """Why the native library cannot be used; empty when it can."""
     loaded = _load()
     return str(loaded) if isinstance(loaded, Exception) else ""
+
+
+def check_override() -> None:
+    """Raises if TARFLOW_CPU_ISA asks for an instruction set that cannot be had."""
+    if os.environ.get("TARFLOW_CPU_ISA") and not isinstance(_load(), NativeUnavailable):
+        library()
 
 
 def isa() -> str | None:
@@ -118,7 +127,7 @@ def _load() -> ctypes.CDLL | Exception:
         return NativeUnavailable(f"the native CPU library does not load: {error}")
     if version != ABI_VERSION:
         return NativeUnavailable(
-            f"the native CPU library is of another version (ABI {version}, expected {ABI_VERSION}): reinstall tarflow-fast"
+            f"the native CPU library is of another version (ABI {version}, expected {ABI_VERSION}): reinstall it"
         )
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(loaded, name)

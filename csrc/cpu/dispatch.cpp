@@ -120,6 +120,16 @@ int tf_has_openmp(void) {
 #endif
 }
 
+int tf_affine_forward(const void* x, const void* ab, void* z, void* log_det, int64_t B, int64_t T, int64_t D, int scale,
+                      int flip, int x_dtype, int ab_dtype, int threads) {
+    return chosen->affine_forward(x, ab, z, log_det, B, T, D, scale, flip, x_dtype, ab_dtype, threads);
+}
+
+int tf_affine_backward(const void* dz, const void* dlog_det, const void* x, const void* ab, void* dx, void* dab,
+                       int64_t B, int64_t T, int64_t D, int scale, int flip, int x_dtype, int ab_dtype, int threads) {
+    return chosen->affine_backward(dz, dlog_det, x, ab, dx, dab, B, T, D, scale, flip, x_dtype, ab_dtype, threads);
+}
+
 void tf_test_exp(const float* x, float* y, int64_t n) { chosen->test_exp(x, y, n); }
 
 int tf_test_round(const float* x, float* y, int64_t n, int dtype) { return chosen->test_round(x, y, n, dtype); }

@@ -5,14 +5,12 @@
 
 namespace tf::TF_ISA {
 
-void test_exp(const float* x, float* y, int64_t n);
-int test_round(const float* x, float* y, int64_t n, int dtype);
+// Declared from the C ABI: a kernel whose parameters differ from it fails to link.
+#define TF_DECLARE(kernel) decltype(::tf_##kernel) kernel;
+TF_KERNELS(TF_DECLARE)
 
 extern const Table table;
-const Table table = {
-    TF_STRING(TF_ISA),
-    test_exp,
-    test_round,
-};
+#define TF_ENTRY(kernel) kernel,
+const Table table = {TF_STRING(TF_ISA), TF_KERNELS(TF_ENTRY)};
 
 }  // namespace tf::TF_ISA

@@ -1,17 +1,24 @@
 // The kernels of one instruction set. Every file of csrc/cpu/ except dispatch.cpp is compiled once for each, with
-// -DTF_ISA=<name>; all it exports are the members of tf::<name>, gathered here by table.cpp.
+// -DTF_ISA=<name>; all it exports are functions of namespace tf::<name>, gathered in tf::<name>::table.
 //
-// To add a kernel: declare it in csrc/tarflow.h, write it in namespace tf::TF_ISA, then one line in struct Table, one in
-// table.cpp and one in dispatch.cpp.
+// To add a kernel: declare tf_name in csrc/tarflow.h, write tf::TF_ISA::name with the same parameters, add the name to
+// TF_KERNELS, forward tf_name in dispatch.cpp, and declare it to ctypes in tarflow_fast/native.py.
 #pragma once
 #include "../tarflow.h"
+
+#define TF_KERNELS(X)  \
+    X(affine_forward)  \
+    X(affine_backward) \
+    X(test_exp)        \
+    X(test_round)
 
 namespace tf {
 
 struct Table {
     const char* name;
-    void (*test_exp)(const float* x, float* y, int64_t n);
-    int (*test_round)(const float* x, float* y, int64_t n, int dtype);
+#define TF_FIELD(kernel) decltype(&::tf_##kernel) kernel;
+    TF_KERNELS(TF_FIELD)
+#undef TF_FIELD
 };
 
 }  // namespace tf

@@ -1,1 +1,6 @@
-"""Ops: one file an op."""
+"""Ops: one op, one file, with its formula, plain PyTorch reference, gradient and the table of its backends."""
+
+from tarflow_fast.ops.affine import affine, affine_ref
+from tarflow_fast.ops.registry import explain
+
+__all__ = ["affine", "affine_ref", "explain"]

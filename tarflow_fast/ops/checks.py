@@ -1,0 +1,47 @@
+"""Checks of what the user hands over, all in one form: `op: argument must ..., got ...`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+DtypePair = tuple[torch.dtype, torch.dtype]
+
+
+def check_tensor(op: str, name: str, value: Any) -> None:
+    """TypeError unless `value` is a dense tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
+
+
+def check_same_device(op: str, name: str, value: torch.Tensor, reference_name: str, reference: torch.Tensor) -> None:
+    """ValueError unless both tensors lie on one device."""
+    if value.device != reference.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {reference_name}, {reference.device}, got {value.device}"
+        )
+
+
+def check_dtypes(op: str, names: str, dtypes: DtypePair, allowed: Sequence[DtypePair]) -> None:
+    """TypeError unless the pair of dtypes is one of `allowed`."""
+    if dtypes not in allowed:
+        pairs = ", ".join(map(show_dtypes, allowed))
+        raise TypeError(f"{op}: {names} must have dtypes {pairs}, got {show_dtypes(dtypes)}")
+
+
+def check_bool(op: str, name: str, value: Any) -> None:
+    """TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+def show_shape(shape: Sequence[int]) -> str:
+    """(2, 5, 6), the same for torch.Size and tuples."""
+    return str(tuple(shape))
+
+
+def show_dtypes(dtypes: DtypePair) -> str:
+    """(float32, bfloat16), without the prefix torch."""
+    return "(" + ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) + ")"
