@@ -1,0 +1,158 @@
+"""Triton kernels of the affine step; formulas in tarflow_fast/ops/affine.py.
+
+A program owns a tile of BLOCK_T tokens (net order) times BLOCK_D of their elements, all from one row. Tiles depend on T
+and D alone and no two programs write one address, so the bits do not depend on the batch, and no run differs from another.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+TILE = 2048  # elements a program: 16 a thread at 4 warps, no spills on sm_80 and sm_90 in fp32
+NUM_WARPS = 4
+
+
+def tile(D):
+    """(BLOCK_T, BLOCK_D) for tokens of D elements."""
+    block_d = min(triton.next_power_of_2(D), TILE)
+    return TILE // block_d, block_d
+
+
+@triton.jit
+def _places(T, chunks, D: tl.constexpr, FLIP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    # One grid axis holds everything: the others end at 65535.
+    parts: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    item = tl.program_id(0).to(tl.int64)
+    row, rest = item // (chunks * parts), item % (chunks * parts)
+    token = (rest // parts) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    d = (rest % parts).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    place = T - 1 - token if FLIP else token
+    return row, token, d, (row * T + place) * D + d, (token < T) & (d < D)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,
+    ab_ptr,
+    z_ptr,
+    sum_ptr,
+    T,
+    chunks,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLIP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    row, token, d, at, inside = _places(T, chunks, D, FLIP, BLOCK_T, BLOCK_D)
+    width: tl.constexpr = 2 * D if SCALE else D
+    from_ = (row * T + token - 1) * width + d
+    conditioned = inside & (token > 0)
+    y = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    if SCALE:
+        a = tl.load(ab_ptr + from_, mask=conditioned, other=0.0).to(COMPUTE)
+        b = tl.load(ab_ptr + from_ + D, mask=conditioned, other=0.0).to(COMPUTE)
+        y = (y - b) * tl.exp(-a)
+        tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.sum(a, axis=1), axis=0))
+    else:
+        y = y - tl.load(ab_ptr + from_, mask=conditioned, other=0.0).to(COMPUTE)
+    tl.store(z_ptr + at, y.to(z_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def log_det_kernel(sum_ptr, log_det_ptr, count, BLOCK: tl.constexpr):
+    """log_det[row] = -(the row's tile sums), added in fp64 and always in the same order."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    start = 0
+    while start < count:
+        total += tl.load(sum_ptr + row * count + start + lane, mask=start + lane < count, other=0.0).to(tl.float64)
+        start += BLOCK
+    tl.store(log_det_ptr + row, (0.0 - tl.sum(total, axis=0)).to(log_det_ptr.dtype.element_ty))
+
+
+@triton.jit
+def backward_kernel(
+    dz_ptr,
+    dlog_det_ptr,
+    x_ptr,
+    ab_ptr,
+    dx_ptr,
+    dab_ptr,
+    T,
+    chunks,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLIP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    row, token, d, at, inside = _places(T, chunks, D, FLIP, BLOCK_T, BLOCK_D)
+    width: tl.constexpr = 2 * D if SCALE else D
+    # Token 0 is conditioned by nothing; its programs write the zeros of the last row of ab, which conditions nothing.
+    source = tl.where(token > 0, token, T) - 1
+    from_ = (row * T + source) * width + d
+    conditioned = inside & (token > 0)
+    g = tl.load(dz_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    if SCALE:
+        a = tl.load(ab_ptr + from_, mask=conditioned, other=0.0).to(COMPUTE)
+        b = tl.load(ab_ptr + from_ + D, mask=conditioned, other=0.0).to(COMPUTE)
+        y = tl.load(x_ptr + at, mask=conditioned, other=0.0).to(COMPUTE)
+        dlog_det = tl.load(dlog_det_ptr + row).to(COMPUTE)
+        g = g * tl.exp(-a)
+        da = tl.where(token > 0, -(g * (y - b)) - dlog_det, 0.0)
+        tl.store(dab_ptr + from_, da.to(dab_ptr.dtype.element_ty), mask=inside)
+        from_ += D
+    db = tl.where(token > 0, -g, 0.0)
+    tl.store(dab_ptr + from_, db.to(dab_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def affine_forward(x, ab, z, log_det, flip):
+    """Fills z and log_det. All contiguous and on one device, shapes and dtypes as in the op."""
+    B, T, D = x.shape
+    programs, settings = _launch(x, ab, flip)
+    if not settings["SCALE"]:
+        log_det.zero_()
+    if B == 0:
+        return
+    sums = torch.empty(B * programs, dtype=log_det.dtype, device=x.device)
+    with _on(x.device):
+        forward_kernel[(B * programs,)](x, ab, z, sums, T, **settings)
+        if settings["SCALE"]:
+            log_det_kernel[(B,)](sums, log_det, programs, BLOCK=256)
+
+
+def affine_backward(dz, dlog_det, x, ab, dx, dab, flip):
+    """Fills dx and dab, every element. All contiguous and on one device, shapes and dtypes as in the op."""
+    programs, settings = _launch(x, ab, flip)
+    if x.shape[0] == 0:
+        return
+    with _on(x.device):
+        backward_kernel[(x.shape[0] * programs,)](dz, dlog_det, x, ab, dx, dab, x.shape[1], **settings)
+
+
+def _launch(x, ab, flip):
+    """Programs a row, and the kernels' settings."""
+    T, D = x.shape[1:]
+    block_t, block_d = tile(D)
+    chunks = triton.cdiv(T, block_t)
+    settings = {
+        "chunks": chunks,
+        "D": D,
+        "SCALE": ab.shape[2] == 2 * D,
+        "FLIP": flip,
+        "BLOCK_T": block_t,
+        "BLOCK_D": block_d,
+        "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "num_warps": NUM_WARPS,
+    }
+    return chunks * triton.cdiv(D, block_d), settings
+
+
+def _on(device):
+    # Triton launches on the current GPU, which need not be the tensors'.
+    return torch.cuda.device(device if device.type == "cuda" else -1)
