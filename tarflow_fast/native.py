@@ -26,6 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 BAD_DTYPE, NO_MEMORY, ISA_UNKNOWN, ISA_UNSUPPORTED = 1, 2, 3, 4  # enum tf_status
 
 _void, _int, _long, _str = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
+_double = ctypes.c_double
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_abi_version": (_int, []),
     "tf_built_isas": (_str, []),
@@ -36,6 +37,17 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_affine_backward": (_int, [_void] * 6 + [_long] * 3 + [_int] * 5),
     "tf_test_exp": (None, [_void, _void, _long]),
     "tf_test_round": (_int, [_void, _void, _long, _int]),
+    "tf_test_gelu": (None, [_void, _void, _long]),
+    "tf_test_matmul": (_int, [_void, _void, _void, _void, _long, _long, _long, _int]),
+    "tf_plan_bytes": (_long, [_void]),
+    "tf_plan_create": (_int, [_void, _void]),
+    "tf_plan_pack": (_int, [_void, _void, _int, _int, _void]),
+    "tf_plan_destroy": (None, [_void]),
+    "tf_workspace_bytes": (_long, [_void, _long, _long, _int]),
+    "tf_workspace_create": (_int, [_void, _long, _long, _int, _void]),
+    "tf_workspace_destroy": (None, [_void]),
+    "tf_invert": (_int, [_void, _void, _void, _void, _double, _int]),
+    "tf_pass": (_int, [_void, _void, _void, _int]),
 }
 
 
