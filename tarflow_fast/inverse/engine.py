@@ -5,7 +5,7 @@ work. Precisions:
 
     fp32   weights, products and cache float32
     bf16   weights, products and cache bfloat16, accumulated in float32
-    int8   weights int8 with a scale per output channel (proj_in and proj_out float32), activations float32, cache bfloat16
+    int8   weights int8 with a scale per output channel (proj_in and proj_out float32), activations float32, cache bf16
 
 Residual stream, normalisation, softmax, GELU, exp and log-det are float32 in all three.
 """
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import native
-from tarflow_fast.inverse import eligibility
 from tarflow_fast.inverse.guidance import Guidance
 
 if TYPE_CHECKING:
@@ -338,6 +337,3 @@ def _class_rows(block: MetaBlock, y: Tensor | None, B: int, guided: bool) -> Ten
     mean = embeddings.mean(dim=0)
     rows = mean.expand(B, -1) if y is None else torch.where((y < 0)[:, None], mean, embeddings[y.clamp(min=0)])
     return (torch.stack([rows, mean.expand(B, -1)], dim=1) if guided else rows).reshape(-1, mean.numel()).contiguous()
-
-
-why_not = eligibility.why_not

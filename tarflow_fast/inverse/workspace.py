@@ -1,5 +1,5 @@
-"""The state of one inverse call: caches and workspaces. It belongs to the call, never to a module, so that an interrupted
-or concurrent call leaves nothing behind."""
+"""The state of one inverse call: caches and workspaces. It belongs to the call, never to a module, so that an
+interrupted or concurrent call leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -6,11 +6,12 @@
 p(i) = i, or T-1-i when the block is flipped. The last token needs no pass of the net.
 
 backend "torch"  one token after another through the block's own modules, any device; differentiable on request
-        "cpu"    the native engine: everything in a few native calls, in fp32, bf16 or int8 (tarflow_fast/inverse/engine.py)
+        "cpu"    the native engine: all of it in a few native calls, fp32, bf16 or int8 (tarflow_fast/inverse/engine.py)
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import native
-from tarflow_fast.inverse.eligibility import why_not
+from tarflow_fast.inverse.eligibility import DTYPES, why_not
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.inverse.sequential import invert_sequential
 from tarflow_fast.inverse.workspace import InverseCall
@@ -85,8 +86,6 @@ def cpu_reason(block: MetaBlock, z: Tensor, call: InverseCall) -> str:
 
 
 def _named(backend: str, asked: str) -> bool:
-    import os
-
     return backend == (os.environ.get("TARFLOW_FAST_BACKEND") or "auto" if asked == "auto" else asked)
 
 
