@@ -26,6 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 BAD_DTYPE, NO_MEMORY, ISA_UNKNOWN, ISA_UNSUPPORTED = 1, 2, 3, 4  # enum tf_status
 
 _void, _int, _long, _str = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
+_double = ctypes.c_double
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_abi_version": (_int, []),
     "tf_built_isas": (_str, []),
@@ -34,6 +35,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_has_openmp": (_int, []),
     "tf_affine_forward": (_int, [_void] * 4 + [_long] * 3 + [_int] * 5),
     "tf_affine_backward": (_int, [_void] * 6 + [_long] * 3 + [_int] * 5),
+    "tf_peak_read": (_double, [_void, _long, _int]),
+    "tf_peak_flops": (_double, [_int, _long, _int]),
     "tf_test_exp": (None, [_void, _void, _long]),
     "tf_test_round": (_int, [_void, _void, _long, _int]),
 }

@@ -130,6 +130,10 @@ int tf_affine_backward(const void* dz, const void* dlog_det, const void* x, cons
     return chosen->affine_backward(dz, dlog_det, x, ab, dx, dab, B, T, D, scale, flip, x_dtype, ab_dtype, threads);
 }
 
+double tf_peak_read(const float* p, int64_t n, int threads) { return chosen->peak_read(p, n, threads); }
+
+double tf_peak_flops(int dtype, int64_t steps, int threads) { return chosen->peak_flops(dtype, steps, threads); }
+
 void tf_test_exp(const float* x, float* y, int64_t n) { chosen->test_exp(x, y, n); }
 
 int tf_test_round(const float* x, float* y, int64_t n, int dtype) { return chosen->test_round(x, y, n, dtype); }

@@ -9,6 +9,8 @@
 #define TF_KERNELS(X)  \
     X(affine_forward)  \
     X(affine_backward) \
+    X(peak_read)       \
+    X(peak_flops)      \
     X(test_exp)        \
     X(test_round)
 
