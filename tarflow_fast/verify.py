@@ -63,7 +63,7 @@ class Worst(NamedTuple):
             return self
         ratio = (error / bound).flatten()
         at = ratio.argmax()  # a NaN counts as the largest
-        if self.bound and ratio[at] <= self.error / self.bound:
+        if self.error != self.error or (self.bound and ratio[at] <= self.error / self.bound):  # NaN stays
             return self
         return Worst(error.flatten()[at].item(), bound.flatten()[at].item())
 
