@@ -32,7 +32,7 @@ def check_dtypes(op: str, names: str, dtypes: DtypePair, allowed: Sequence[Dtype
 
 
 def check_like(op: str, name: str, value: torch.Tensor, reference_name: str, reference: torch.Tensor) -> None:
-    """ValueError unless shape, dtype and device are those of the reference: a gradient and what it is the gradient of."""
+    """ValueError unless shape, dtype and device are those of the reference, as a gradient has those of its tensor."""
     expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (reference, value))
     if got != expected:
         raise ValueError(
