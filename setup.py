@@ -207,7 +207,8 @@ def escape(path):
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-setup(
-    ext_modules=[Extension("tarflow_fast._tarflow_cpu", SOURCES, depends=HEADERS, optional=True)],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("tarflow_fast._tarflow_cpu", SOURCES, depends=HEADERS, optional=True)],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    )

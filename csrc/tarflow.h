@@ -134,6 +134,15 @@ typedef struct tf_pass_arguments {
 // overwrite them. Results do not depend on how the tokens are cut into passes.
 TF_EXPORT int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_arguments* arguments, int threads);
 
+// ---- what the machine can do at best, for benchmarks --------------------------------------------------------------------
+
+// Reads p, (n,) float32, split over `threads`, and returns the bytes read.
+TF_EXPORT double tf_peak_read(const float* p, int64_t n, int threads);
+
+// Multiplies and adds in registers on `threads` threads, `steps` rounds each, and returns the floating-point operations
+// done: TF_F32 by fused multiply-add, TF_BF16 by the bfloat16 dot product. 0 if the instruction set has none.
+TF_EXPORT double tf_peak_flops(int dtype, int64_t steps, int threads);
+
 // ---- test access to the SIMD layer -----------------------------------------------------------------------------------
 
 // y[k] = exp(x[k]); x, y: (n,) float32, may be the same. One thread.

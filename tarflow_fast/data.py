@@ -1,7 +1,7 @@
 """Real images in: the digits of scikit-learn, or any folder `<class>/<file>`; held as bytes, read in a fixed order.
 
 The order is a function of (seed, sample number) alone, never of the number of processes: sample number g of a training
-run is entry g mod N of the permutation of epoch g // N. Resuming at a step, or sharing a batch among ranks, needs no state.
+run is entry g mod N of the permutation of epoch g // N. Resuming at a step, or sharing a batch, needs no state.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def load_folder(
 
     Each is cropped to img_size's aspect around its centre and resized with antialiasing (see `read_image`).
     img_size: int or (height, width) in pixels.  in_channels: 1 (grey) or 3 (RGB).  memory_limit: bytes; a larger set is
-    not held but decoded batch by batch.  Raises FileNotFoundError, NotADirectoryError, or ValueError (no image, an empty
-    class, loose files beside classes, an unreadable file: each is named).
+    not held but decoded batch by batch.  Raises FileNotFoundError, NotADirectoryError, or ValueError (no image, an
+    empty class, loose files beside classes, an unreadable file: each is named).
     """
     size = image_size(img_size, "load_folder")
     if in_channels not in (1, 3):

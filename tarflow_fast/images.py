@@ -87,7 +87,7 @@ def save_grid(
 def side_by_side(panels: list[tuple[str, torch.Tensor]], gap: int = 16, caption: int = 40) -> Image:
     """Panels next to each other, a caption above each, on white.
 
-    panels: (caption text, (height, width, 3) uint8) pairs.  gap: pixels between them.  caption: height of the text line.
+    panels: (caption text, (height, width, 3) uint8) pairs.  gap: pixels between.  caption: height of the text line.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -227,11 +227,12 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             call = InverseCall(self.backend, precision, differentiable, memory_limit)
             stages = [x]
             tokens = x * self.var.sqrt()
-            for block in reversed(self.blocks):
+            blocks = list(reversed(self.blocks))
+            for block in blocks:
                 tokens, _ = invert_block(block, tokens, y, guide, call, bar.update if progress else None)
                 stages.append(tokens)
             if nonfinite != "ignore":
-                _report_nonfinite(stages, nonfinite)
+                _report_nonfinite(stages, blocks, nonfinite)
             return [self.unpatchify(s) for s in stages] if return_sequence else self.unpatchify(tokens)
 
     def sample(
@@ -302,16 +303,24 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.config.items())
 
 
-def _report_nonfinite(stages: list[Tensor], policy: str) -> None:
-    """Say which rows of the inverse overflowed, and where the first of them did. stages: noise, then block by block."""
+def _report_nonfinite(stages: list[Tensor], blocks: list[MetaBlock], policy: str) -> None:
+    """Say which rows of the inverse overflowed, and where the first of them did.
+
+    stages: the noise, then the tokens (B, T, D) after each of `blocks` was inverted.
+    """
     if not quiet_stream(stages[-1]):
         return
     bad_rows = ~torch.isfinite(stages[-1]).all(dim=2).all(dim=1)
     if not bad_rows.any():
         return
     number, bad = next((k, b) for k, s in enumerate(stages) if (b := ~torch.isfinite(s).all(dim=2)).any())
-    row, token = (int(index) for index in bad.nonzero()[0])
-    place = "in the noise given" if number == 0 else f"first in block {len(stages) - 1 - number}"
+    row = int(bad.any(dim=1).nonzero()[0])
+    tokens = bad[row].nonzero()[:, 0].tolist()
+    if number == 0:
+        place, token = "in the noise given", tokens[0]
+    else:  # the first in the order in which the block solved them
+        block = blocks[number - 1]
+        place, token = f"first in block {len(blocks) - number}", tokens[-1 if block.flip else 0]
     message = (
         f"reverse: {int(bad_rows.sum())} of {len(bad_rows)} rows are not finite, {place}, row {row}, token {token}; "
         "the flow overflows there (lower guidance helps; nonfinite='raise' or 'ignore' changes this warning)"

@@ -35,6 +35,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_has_openmp": (_int, []),
     "tf_affine_forward": (_int, [_void] * 4 + [_long] * 3 + [_int] * 5),
     "tf_affine_backward": (_int, [_void] * 6 + [_long] * 3 + [_int] * 5),
+    "tf_peak_read": (_double, [_void, _long, _int]),
+    "tf_peak_flops": (_double, [_int, _long, _int]),
     "tf_test_exp": (None, [_void, _void, _long]),
     "tf_test_round": (_int, [_void, _void, _long, _int]),
     "tf_test_gelu": (None, [_void, _void, _long]),

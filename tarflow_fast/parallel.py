@@ -48,7 +48,7 @@ def workers(device: str = "auto") -> Iterator[Workers]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
-        # rank 0 draws sample grids while the others wait for it in the next step's all_reduce: the default of minutes is short
+        # rank 0 draws sample grids while the others wait in the next step's all_reduce: minutes, the default, are short
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try:
         yield Workers(rank, world, chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,14 +13,22 @@ from tyro.conf import arg
 
 # Where a field is None, the value comes from here.
 DIGITS: dict[str, Any] = dict(
-    img_size=8, in_channels=1, patch_size=2, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.1, drop_label=0.1,
-    batch_size=128, epochs=60.0, lr=2e-3, schedule="onecycle", warmup=0.2, ema=0.995,
+    img_size=8, in_channels=1, patch_size=2, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.1,
+    drop_label=0.1, batch_size=128, epochs=60.0, lr=2e-3, schedule="onecycle", warmup=0.2, ema=0.995,
     log_every=10, checkpoint_every=200, sample_every=200,
 )  # fmt: skip
 FOLDER: dict[str, Any] = dict(
-    img_size=64, in_channels=3, patch_size=4, channels=512, num_blocks=4, layers_per_block=8, noise_std=0.05, drop_label=0.1,
-    batch_size=256, epochs=100.0, lr=1e-4, schedule="cosine", warmup=0.01, ema=0.9999,
+    img_size=64, in_channels=3, patch_size=4, channels=512, num_blocks=4, layers_per_block=8, noise_std=0.05,
+    drop_label=0.1, batch_size=256, epochs=100.0, lr=1e-4, schedule="cosine", warmup=0.01, ema=0.9999,
     log_every=50, checkpoint_every=1000, sample_every=1000,
+)  # fmt: skip
+
+COUNTS = (
+    "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "batch_size", "accumulate", "log_every",
+)  # fmt: skip
+NUMBERS = (
+    "noise_std", "drop_label", "holdout", "epochs", "lr", "lr_final", "warmup", "weight_decay", "clip", "ema", "seed",
+    "checkpoint_every", "sample_every", "sample_guidance",
 )  # fmt: skip
 
 # A run can only be continued with the same of these: they shape the tensors, or decide what a sample is.
@@ -27,7 +36,6 @@ FIXED = (
     "dataset", "holdout", "img_size", "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "nvp",
     "noise_type", "noise_std", "drop_label", "flip", "batch_size", "seed",
 )  # fmt: skip
-NUMBERS = ("holdout", "accumulate", "lr_final", "weight_decay", "clip", "seed", "sample_guidance")
 # These say where and how a run is carried out; they are no part of what it computes.
 ELSEWHERE = ("out", "resume", "stop_at", "dry_run", "device", "progress", "config")
 
@@ -39,9 +47,9 @@ class TrainConfig:
     dataset: str = "digits"
     """digits, or a folder of images <class>/<file> (or just <file>, unlabeled)."""
     out: Path | None = None
-    """Folder of the run: model/ (the flow), checkpoint.safetensors, metrics.jsonl, samples/. Default runs/<data set>."""
+    """Folder of the run: model/ (the flow), checkpoint.safetensors, metrics.jsonl, samples/. Else runs/<data set>."""
     config: Path | None = None
-    """A .toml or .json file with values for these fields (a run's train.json serves); the command line goes first."""
+    """A .toml or .json file with values for these fields (a run's train.json serves); the command line wins."""
 
     img_size: int | tuple[int, int] | None = None
     """Images are cropped and resized to this: pixels a side, or height and width."""
@@ -90,7 +98,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient; 0 switches clipping off."""
     ema: float | None = None
-    """Decay of the averaged weights, the ones that are saved and sampled; ramped as min(ema, (1 + step) / (10 + step))."""
+    """Decay of the averaged weights, which are saved and sampled; ramped: min(ema, (1 + step) / (10 + step))."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -106,14 +114,14 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; 0: only at the end."""
-    sample_every: Annotated[int | None, arg(aliases=["--sample_freq"])] = None
+    sample_every: int | None = None
     """Steps between grids of samples; 0: only at the end."""
     sample_guidance: Annotated[float, arg(aliases=["--cfg"])] = 1.0
     """Guidance of those samples, where the data has classes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    progress: bool | None = None
-    """Progress bar; left out: only on a terminal."""
+    progress: bool = True
+    """A progress bar, where there is a terminal; log lines otherwise."""
     dry_run: bool = False
     """Reads the data, takes one step, samples, and writes nothing."""
 
@@ -132,11 +140,11 @@ class TrainConfig:
                 raise ValueError(f"train: {name} must be {expected}, got {getattr(self, name)}")
 
         for field in fields(self):  # a settings file may hold anything
-            if field.name in FOLDER and field.name not in ("img_size", "schedule") or field.name in NUMBERS:
+            if field.name in NUMBERS:
                 value = getattr(self, field.name)
                 need(field.name, isinstance(value, (int, float)) and not isinstance(value, bool), "a number")
-        for name in ("patch_size", "channels", "num_blocks", "layers_per_block", "batch_size", "accumulate", "log_every"):
-            need(name, getattr(self, name) >= 1, "at least 1")
+        for name in COUNTS:
+            need(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an int of at least 1")
         for name in ("checkpoint_every", "sample_every", "seed"):
             need(name, getattr(self, name) >= 0, "at least 0")
         for name in ("epochs", "lr"):
@@ -147,8 +155,42 @@ class TrainConfig:
             need(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("holdout", "ema"):
             need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        need("img_size", all(side >= 1 for side in self.sides), "a positive int or two of them")
+        need("patch_size", all(side % self.patch_size == 0 for side in self.sides), f"a divisor of {self.img_size}")
+        need("channels", self.channels % 64 == 0, "a multiple of 64")
         need("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         need("stop_at", self.stop_at is None or self.stop_at >= 1, "at least 1")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Height and width of the images, or one of them for squares."""
+        return (self.img_size,) if isinstance(self.img_size, int) else tuple(self.img_size)
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Of step 0..total-1: up to `lr` in the first `warmup` share of the steps, then down to `lr_final`.
+
+        cosine: rise lr * (step + 1) / n, n = warmup steps.  onecycle: rise from lr / 25 along half a cosine.
+        Both: fall lr_final + (lr - lr_final) * (1 + cos(pi t)) / 2, t from 0 to 1 over the remaining steps.
+        """
+        rise = round(self.warmup * total)
+        if step < rise:
+            if self.schedule == "cosine":
+                return self.lr * (step + 1) / rise
+            low = self.lr / 25
+            return low + (self.lr - low) * (1 - math.cos(math.pi * step / rise)) / 2
+        t = (step - rise) / max(total - 1 - rise, 1)
+        return self.lr_final + (self.lr - self.lr_final) * (1 + math.cos(math.pi * t)) / 2
+
+    def command(self) -> str:
+        """The command line that repeats this run: what differs from the defaults."""
+        given, default = self.to_json(), TrainConfig(dataset=self.dataset).resolved().to_json()
+        parts = [f"tarflow-fast train --dataset {shlex.quote(self.dataset)}"]
+        for name, value in given.items():
+            if isinstance(value, bool) and value != default[name]:
+                parts.append(f"--{name}" if value else f"--no_{name}")
+            elif value != default[name] and name != "dataset":
+                parts.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+        return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of what the run computes (not of where and how it is carried out)."""

@@ -1,8 +1,8 @@
 """Everything a training run needs to go on exactly: one safetensors file, written whole or not at all.
 
-The file holds tensors and one JSON header, nothing that executes: `model.*`, `ema.*`, `optimizer.<parameter>.*`, `rng.*`,
-and {"format", "step", "config"}. Noise, dropped labels and data order are functions of (seed, step), and the learning
-rate of (config, step), so the step is all their state. Equal runs write equal bytes.
+The file holds tensors and one JSON header, nothing that executes: `model.*`, `ema.*`, `optimizer.<parameter>.*`,
+`rng.*`, and {"format", "step", "config"}. Noise, dropped labels and data order are functions of (seed, step), and
+the learning rate of (config, step), so the step is all their state. Equal runs write equal bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def save_state(
 
 
 def read_state(path: Path) -> tuple[dict[str, torch.Tensor], int, dict[str, Any]]:
-    """The (tensors, step, config) of a file of `save_state`. Raises FileNotFoundError, or ValueError naming the file."""
+    """(tensors, step, config) of a file of `save_state`. Raises FileNotFoundError, or ValueError naming the file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -72,7 +72,7 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], int, dict[str, Any]
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("training", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"train: cannot read the checkpoint {path}: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -83,7 +83,7 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], int, dict[str, Any]
 def load_state(
     tensors: dict[str, torch.Tensor], path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Puts the tensors of `read_state` back. Raises ValueError naming path when they do not fit, before any is put back."""
+    """Puts the tensors of `read_state` back; ValueError naming path, before any is put back, if they do not fit."""
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "rng": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
@@ -93,7 +93,8 @@ def load_state(
         got = {name: tuple(value.shape) for name, value in groups[kind].items()}
         if expected != got:
             name = sorted(n for n in expected.keys() | got.keys() if expected.get(n) != got.get(n))[0]
-            raise ValueError(f"train: {path} does not fit: {kind}.{name} expected {expected.get(name)}, got {got.get(name)}")
+            shapes = f"expected {expected.get(name)}, got {got.get(name)}"
+            raise ValueError(f"train: {path} does not fit: {kind}.{name} {shapes}")
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in groups["optimizer"].items():
         index, _, key = name.partition(".")

@@ -172,6 +172,10 @@ int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, 
     return chosen->test_matmul(x, w, bias, y, M, N, K, precision);
 }
 
+double tf_peak_read(const float* p, int64_t n, int threads) { return chosen->peak_read(p, n, threads); }
+
+double tf_peak_flops(int dtype, int64_t steps, int threads) { return chosen->peak_flops(dtype, steps, threads); }
+
 void tf_test_exp(const float* x, float* y, int64_t n) { chosen->test_exp(x, y, n); }
 
 int tf_test_round(const float* x, float* y, int64_t n, int dtype) { return chosen->test_round(x, y, n, dtype); }

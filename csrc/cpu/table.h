@@ -18,6 +18,8 @@
     X(workspace_destroy) \
     X(invert)            \
     X(pass)              \
+    X(peak_read)         \
+    X(peak_flops)        \
     X(test_exp)          \
     X(test_round)        \
     X(test_gelu)         \

@@ -76,11 +76,7 @@ def cpu_reason(block: MetaBlock, z: Tensor, call: InverseCall) -> str:
         return "it has no gradient, and a differentiable inverse was asked for"
     if torch.compiler.is_compiling() or under_transform():
         return "it runs neither inside torch.compile nor inside a torch.func transform"
-    if (
-        type(z) is not Tensor
-        or z.layout != torch.strided
-        or z.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    ):
+    if type(z) is not Tensor or z.layout != torch.strided or z.dtype not in DTYPES:
         return f"z is a {type(z).__name__} of {z.dtype}"
     return why_not(block)
 

@@ -1,0 +1,56 @@
+"""Bytes and FLOPs of an inverse, by formula: what any sequential implementation must move and multiply.
+
+A step solves one token: it reads every weight of the block once (all R rows share the read) and, for each row, the
+keys and values of the tokens before it. T - 1 steps, since the last token needs none.
+
+    weights   12 C^2 L + 3 C D numbers a step            (qkv 3, proj 1, fc1 4, fc2 4;  proj_in 1 and proj_out 2 of C D)
+    cache     2 C L R (i + 1) numbers read at step i, 2 C L R written
+    FLOPs     2 R (weights) + 4 C L R (i + 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workloads import Workload
+
+BYTES = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2)}  # of a weight, of a cached number
+
+
+@dataclass(frozen=True)
+class Cost:
+    weight_bytes: float
+    cache_bytes: float
+    flops: float
+
+    @property
+    def bytes(self) -> float:
+        return self.weight_bytes + self.cache_bytes
+
+    def floor(self, bandwidth: float, flops: float) -> float:
+        """Seconds below which it cannot be done at these peaks, reads and arithmetic overlapping perfectly."""
+        return max(self.bytes / bandwidth, self.flops / flops)
+
+
+def inverse_cost(workload: Workload, B: int, guided: bool, precision: str = "fp32") -> Cost:
+    C, D, L, T, K = (
+        workload.channels,
+        workload.D,
+        workload.layers_per_block,
+        workload.T,
+        workload.num_blocks,
+    )
+    R = 2 * B if guided else B
+    weight_size, cache_size = BYTES[precision]
+    weights, steps, reads = 12 * C * C * L + 3 * C * D, T - 1, (T - 1) * T / 2
+    return Cost(
+        weight_bytes=K * steps * weights * weight_size,
+        cache_bytes=K * 2 * C * L * R * (reads + steps) * cache_size,
+        flops=K * (2 * R * weights * steps + 4 * C * L * R * reads),
+    )
+
+
+def weights_in_memory(workload: Workload, precision: str) -> float:
+    """Bytes of one block's weights: whether they stream from memory or stay in the cache."""
+    C = workload.channels
+    return (12 * C * C * workload.layers_per_block + 3 * C * workload.D) * BYTES[precision][0]

@@ -1,0 +1,41 @@
+"""Timing side by side: on a shared machine timings made apart cannot be compared, so every round runs every variant."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class Interleaved:
+    """Rounds of several variants in turn, starting from another one each round so that none has a fixed neighbour."""
+
+    def __init__(self, variants: dict[str, Callable[[], object]]) -> None:
+        self.variants = variants
+        self.seconds: dict[str, list[float]] = {name: [] for name in variants}
+        self.round = 0
+
+    def run_round(self, without: str | None = None) -> None:
+        names = [name for name in self.variants if name != without]
+        start = self.round % max(len(names), 1)
+        for name in names[start:] + names[:start]:
+            self.seconds[name].append(timed(self.variants[name]))
+        self.round += 1
+
+    def summary(self, name: str) -> dict[str, float]:
+        """Median, 20 % and 80 % quantile in seconds."""
+        values = sorted(self.seconds[name])
+        if len(values) < 2:
+            return {"median": values[0], "p20": values[0], "p80": values[0], "rounds": 1}
+        cuts = statistics.quantiles(values, n=5, method="inclusive")
+        return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "rounds": len(values)}
+
+    def ratio(self, name: str, baseline: str) -> float:
+        """Median over rounds of baseline / name, each ratio from one round: slow seconds hit both."""
+        return statistics.median(b / n for b, n in zip(self.seconds[baseline], self.seconds[name], strict=True))

@@ -1,0 +1,102 @@
+"""The inverse of whole flows and of published blocks: reference, improved PyTorch, compiled PyTorch, ours; interleaved.
+
+ms          median, 20 and 80 % quantile over rounds
+ratio       reference / variant, the median over rounds
+GB/s        by the formulas of cost.py, and their share of the memory's speed measured in this run; left out where the
+            weights of a block fit a 16 MB cache and do not stream
+GFLOP/s     likewise, and their share of the arithmetic peak of the format
+error       the largest |x - x64| against the float64 reference
+"""
+
+import pytest
+import torch
+from cost import inverse_cost, weights_in_memory
+from interleave import Interleaved, timed
+from peaks import peaks
+from peers import ImprovedSampler
+from truth import Truth
+from workloads import WORKLOADS, build, inputs
+
+QUICK = [
+    ("digits", 1, False), ("digits", 16, False), ("digits", 100, False), ("digits", 100, True),
+    ("mnist", 1, False), ("mnist", 16, False), ("mnist", 16, True), ("mnist", 100, False),
+    ("cifar", 1, False), ("cifar", 16, False),
+    ("c768_t64", 1, False), ("c768_t64", 16, False),
+]  # fmt: skip
+FULL = [
+    ("digits", 1, True), ("digits", 16, True), ("mnist", 1, True), ("mnist", 100, True),
+    ("cifar", 1, True), ("cifar", 16, True), ("cifar", 100, False),
+    ("c768_t64", 1, True), ("c768_t64", 16, True), ("c768_t64", 100, False),
+    ("imagenet64", 1, False), ("imagenet64", 1, True), ("imagenet64", 4, False),
+    ("afhq256", 1, False), ("afhq256", 1, True), ("imagenet128", 1, False), ("imagenet128", 4, True),
+]  # fmt: skip
+CASES = [(case, False) for case in QUICK] + [(case, True) for case in FULL]
+CACHE = 16e6  # bytes: half of a 32 MB L3, whose other half holds the key/value cache and the rest of the machine
+OURS = ("fp32", "bf16", "int8")
+
+
+def name_of(case):
+    workload, B, guided = case[0]
+    return f"{workload}-B{B}" + ("-guided" if guided else "")
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_block_inverse(case, full, table, benchmark):
+    (name, B, guided), only_full = case
+    if only_full and not full:
+        pytest.skip("--full")
+    workload = WORKLOADS[name]
+    torch._dynamo.reset()  # its limit of recompilations counts over all cases, and past it compiled code runs eagerly
+    model, reference = build(workload)
+    noise, labels, guidance = inputs(workload, B, guided)
+    truth = Truth(workload, reference, noise, labels, guidance)
+    variants = {
+        "reference": lambda: reference.reverse(noise, labels, **guidance),
+        "improved": lambda: improved.reverse(noise, labels, **guidance),
+        "compiled": lambda: compiled.reverse(noise, labels, **guidance),
+        "fp32": lambda: model.reverse(noise, labels, **guidance, precision="fp32", backend="cpu"),
+        "bf16": lambda: model.reverse(noise, labels, **guidance, precision="bf16", backend="cpu"),
+        "int8": lambda: model.reverse(noise, labels, **guidance, precision="int8", backend="cpu"),
+    }
+    improved, compiled = ImprovedSampler(reference), ImprovedSampler(reference, compiled=True)
+
+    errors, seconds = {}, {}
+    for variant, run in variants.items():  # the first call also compiles and warms up
+        images = run()
+        assert images.isfinite().all(), variant
+        errors[variant] = truth.error(images, model.patchify)
+    scale = truth.tokens.abs().max().item()
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        allowed = 2 * truth.plain_error(precision) + 2 * torch.finfo(dtype).eps * scale
+        assert errors[precision] <= allowed, f"{precision}: error {errors[precision]:.3g}, allowed {allowed:.3g}"
+
+    measured = Interleaved(variants)
+    one_round = sum(timed(run) for run in variants.values())
+    rounds = max(2 if one_round > 60 else 3, min(20, int((60 if full else 8) / one_round)))
+    benchmark.group = name_of(case)
+    benchmark.pedantic(variants["fp32"], setup=lambda: measured.run_round(without="fp32"), rounds=rounds, iterations=1)
+    measured.seconds["fp32"] = list(benchmark.stats.stats.data)
+
+    peak = peaks(torch.get_num_threads())
+    for variant in variants:
+        precision = variant if variant in OURS else "fp32"
+        seconds = measured.summary(variant)
+        cost = inverse_cost(workload, B, guided, precision)
+        streams = weights_in_memory(workload, precision) > CACHE
+        rate, flops = cost.bytes / seconds["median"], cost.flops / seconds["median"]
+        row = {
+            "workload": name, "B": B, "guided": guided, "variant": variant, "T": workload.T, "C": workload.channels,
+            "ms": f"{seconds['median'] * 1e3:.2f}",
+            "p20..p80": f"{seconds['p20'] * 1e3:.2f}..{seconds['p80'] * 1e3:.2f}",
+            "rounds": seconds["rounds"],
+            "ratio": f"{measured.ratio(variant, 'reference'):.1f}",
+            "GB/s": f"{rate / 1e9:.1f}",
+            "memory": f"{rate / peak['read']:.0%}" if streams else "-",
+            "GFLOP/s": f"{flops / 1e9:.0f}",
+            "FLOP": f"{flops / peak[precision]:.0%}",
+            "error": f"{errors[variant]:.1e}",
+            "seconds": [round(s, 6) for s in measured.seconds[variant]],
+        }  # fmt: skip
+        table("block_inverse", row)
+        if variant == "fp32":
+            benchmark.extra_info.update({k: v for k, v in row.items() if k != "seconds"})

@@ -1,0 +1,40 @@
+"""Options and fixtures of every test.
+
+pytest --device cuda    runs the tests that take `device` on the GPU
+"""
+
+import os
+import zlib
+
+import pytest
+import torch
+
+# The workers of pytest-xdist share the cores: threads that wait for one another's cores wait whole time slices.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device of the tests that take `device`: cpu or cuda")
+
+
+@pytest.fixture
+def device(request):
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Every test draws its own numbers, the same in any order and on any worker."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

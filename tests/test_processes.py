@@ -1,0 +1,50 @@
+"""Runs marked tests again in processes of another kind: each instruction set of this machine, Triton's interpreter.
+
+Both are decided once a process, so the tests that depend on them cannot change them in place.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflow_fast import native
+
+TESTS = Path(__file__).parent
+BEST = native.isa()
+
+
+def run_marked(marker, **environment):
+    files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if f"mark.{marker}\n" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:xdist", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(BEST is None, reason=native.reason())
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+def test_every_isa(isa):
+    built = native.isas()
+    if isa not in built:
+        pytest.skip(f"this library has no {isa}")
+    if built.index(isa) > built.index(BEST):
+        pytest.skip(f"this machine cannot run {isa}")
+    if isa == BEST:
+        pytest.skip(f"{isa} is what all other tests use")
+    run_marked("every_isa", TARFLOW_CPU_ISA=isa)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_interpreter():
+    run_marked("interpreter", TRITON_INTERPRET="1")

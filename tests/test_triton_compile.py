@@ -1,0 +1,85 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU: no spills, little shared memory, wide loads."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from cases import AFFINE_CASES
+
+triton = pytest.importorskip("triton")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def compile_kernel(kernel, arch, pointers, integers, constants, num_warps=4):
+    """The compiled kernel. pointers: {argument: "fp32" | "bf16" | ...}, all 16-byte aligned, as torch allocates."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {name: "*" + kind for name, kind in pointers.items()} | dict.fromkeys(integers, "i32")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+
+
+def resources(compiled, folder):
+    """{"REG": ..., "STACK": ..., "SHARED": ..., "LOCAL": ...} as the assembler reports them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = Path(folder, "kernel.cubin")
+    cubin.write_bytes(compiled.asm["cubin"])
+    told = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", told.stdout + told.stderr)}
+
+
+def widths(compiled, kind="ld"):
+    """Bytes of each global load (or store) instruction of the PTX."""
+    found = re.findall(rf"{kind}\.global[\w.]*?(?:\.v(\d))?\.[bfu](\d+)", compiled.asm["ptx"])
+    return [int(lanes or 1) * int(bits) // 8 for lanes, bits in found]
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("D, dtype", [(12, "fp32"), (48, "bf16"), (5000, "fp32"), (3, "fp16")])
+def test_affine(arch, D, dtype, tmp_path):
+    import triton.language as tl
+    from tarflow_fast.kernels.triton import affine as kernels
+
+    block_t, block_d = kernels.tile(D)
+    constants = {"D": D, "SCALE": True, "FLIP": True, "BLOCK_T": block_t, "BLOCK_D": block_d, "COMPUTE": tl.float32}
+    forward = {"x_ptr": dtype, "ab_ptr": dtype, "z_ptr": dtype, "sum_ptr": "fp32"}
+    backward = {name: dtype for name in ("dz_ptr", "x_ptr", "ab_ptr", "dx_ptr", "dab_ptr")} | {"dlog_det_ptr": "fp32"}
+    for kernel, pointers in ((kernels.forward_kernel, forward), (kernels.backward_kernel, backward)):
+        compiled = compile_kernel(kernel, arch, pointers, ("T", "chunks"), constants, kernels.NUM_WARPS)
+        used = resources(compiled, tmp_path)
+        assert used["LOCAL"] == 0 and used["STACK"] == 0, f"spills: {used}"
+        assert compiled.metadata.shared <= 8192 < SHARED_LIMIT[arch]
+        if D != 3:  # rows of 3 numbers are never aligned
+            assert max(widths(compiled)) == 16 and max(widths(compiled, "st")) == 16
+            assert sum(width == 16 for width in widths(compiled)) >= len(widths(compiled)) - 1
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_affine_log_det(arch, tmp_path):
+    from tarflow_fast.kernels.triton import affine as kernels
+
+    pointers = {"sum_ptr": "fp32", "log_det_ptr": "fp32"}
+    compiled = compile_kernel(kernels.log_det_kernel, arch, pointers, ("count",), {"BLOCK": 256})
+    assert resources(compiled, tmp_path)["LOCAL"] == 0
+
+
+@pytest.mark.parametrize("D", sorted({case.D for case in AFFINE_CASES}))
+def test_affine_tiles_are_powers_of_two(D):
+    from tarflow_fast.kernels.triton import affine as kernels
+
+    block_t, block_d = kernels.tile(D)
+    assert block_t * block_d == kernels.TILE and block_t & (block_t - 1) == 0 and block_d & (block_d - 1) == 0
