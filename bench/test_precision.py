@@ -22,13 +22,14 @@ PRECISIONS = ("fp32", "bf16", "int8")
 @pytest.mark.parametrize("flow", FLOWS)
 def test_precision(flow, table, benchmark):
     model = FLOWS[flow]()
+    model.backend = "cpu"  # the native engine or an error, never a fallback
     B = 100
     y = torch.arange(B) % model.num_classes if model.num_classes else None
     noise = torch.randn(B, *model.var.shape, generator=torch.Generator().manual_seed(0))
     arguments = {"guidance": 1.0} if model.num_classes else {}
 
     def run(precision):
-        return model.reverse(noise, y, **arguments, precision=precision, backend="cpu")
+        return model.reverse(noise, y, **arguments, precision=precision)
 
     images = {precision: run(precision) for precision in PRECISIONS}
     assert all(image.isfinite().all() for image in images.values())

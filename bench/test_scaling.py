@@ -20,11 +20,12 @@ LINES = {"reference": [], "fp32": [], "bf16": [], "floor fp32": []}
 def test_scaling(axis, T, B, table, benchmark):
     workload = Workload(f"C256-T{T}", 3, 2 * int(T**0.5), 2, 256, 1, 4)
     model, reference = build(workload)
+    model.backend = "cpu"  # the native engine or an error, never a fallback
     noise, _, _ = inputs(workload, B, False)
     variants = {
         "reference": lambda: reference.reverse(noise),
-        "fp32": lambda: model.reverse(noise, precision="fp32", backend="cpu"),
-        "bf16": lambda: model.reverse(noise, precision="bf16", backend="cpu"),
+        "fp32": lambda: model.reverse(noise, precision="fp32"),
+        "bf16": lambda: model.reverse(noise, precision="bf16"),
     }
     expected, got = variants["reference"](), variants["fp32"]()
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3 * expected.abs().max().item())
