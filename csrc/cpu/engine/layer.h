@@ -38,6 +38,7 @@ template <class P>
 struct Stages {
     typedef typename P::Operand Operand;
     typedef typename P::Cache Cache;
+    typedef typename QueryOf<Cache>::Type Query;
 
     // Panels `mine` of m applied to the activation rows of the team, a block of rows at a time; load(begin, end) gives
     // a block's operands, done(tile) takes the results.
@@ -127,14 +128,14 @@ struct Stages {
                 const float* y = tile.y + r * PANEL + chunk;
                 if (which == 0) {
                     const float factor = p.query_scale ? logits * p.query_scale[row] : logits;
-                    float* q = p.space.q + m * stride(s.H * s.Ep) + head * s.Ep + e;
+                    Query* q = static_cast<Query*>(p.space.q) + m * stride(s.H * s.Ep) + head * s.Ep + e;
                     for (int k = 0; k < 16; k += W) store(q + k, load(y + k) * factor);
                 } else if (which == 1) {
                     Cache* block = keys(p, layer, row, head) + t / KEYS * (KEYS * s.Ep);
-                    for (int k = 0; k < 16; ++k) put_key(block, e + k, int(t % KEYS), y[k]);
+                    for (int part = 0; part < PARTS; ++part) store_key(block, e, t, load(y + part * W), part);
                 } else {
-                    Cache* value = keys(p, layer, row, head) + s.Tp * s.Ep + t * s.Ep + e;
-                    for (int k = 0; k < 16; k += W) store(value + k, load(y + k));
+                    Cache* values = keys(p, layer, row, head) + s.Tp * s.Ep;
+                    for (int k = 0; k < 16; k += W) store_value(values, s.Ep, e + k, t, load(y + k));
                 }
             }
         }
@@ -146,7 +147,7 @@ struct Stages {
         const int64_t m = row * p.window, q_stride = stride(s.H * s.Ep);
         const Cache* k = keys(p, layer, row, head);
         Operand* out = static_cast<Operand*>(p.space.mixed) + m * stride(s.C) + head * s.E;
-        attend(p.space.q + m * q_stride + head * s.Ep, q_stride, p.window, p.position, k, k + s.Tp * s.Ep, s.E, s.Ep,
+        attend(static_cast<const Query*>(p.space.q) + m * q_stride + head * s.Ep, q_stride, p.window, p.position, k, k + s.Tp * s.Ep, s.E, s.Ep,
                s.Tp, p.scratch.attention, out, stride(s.C));
     }
 

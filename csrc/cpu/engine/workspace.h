@@ -16,7 +16,7 @@ struct Workspace {
     int64_t rows, window;  // R and W it has room for
     int threads;
     float* h;              // [R W][stride(C)]
-    float* q;              // [R W][stride(H Ep)]
+    void* q;               // [R W][stride(H Ep)], floats or bf16
     void* mixed;           // [R W][stride(C)], operands: what attention gives
     void* hidden;          // [R W][stride(F)], operands
     float* ab;             // [R W][stride(out)]
