@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import native
+from tarflow_fast.inverse.eligibility import Weights, inspect
 from tarflow_fast.inverse.guidance import Guidance
 
 if TYPE_CHECKING:
@@ -44,19 +45,10 @@ class Sizes(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, block: MetaBlock, precision: str) -> Sizes:
+    def of(cls, block: MetaBlock, weights: Weights, precision: str) -> Sizes:
         T, C = block.pos_embed.shape
-        first = block.attn_blocks[0]
-        return cls(
-            T,
-            block.proj_in.in_features,
-            C,
-            len(block.attn_blocks),
-            first.attention.head_size,
-            first.mlp.main[0].out_features,
-            block.nvp,
-            PRECISIONS[precision],
-        )
+        D = block.proj_in.in_features
+        return cls(T, D, C, weights.layers, weights.head_size, weights.hidden, bool(block.nvp), PRECISIONS[precision])
 
     def key(self) -> tuple[int, ...]:
         return tuple(getattr(self, name) for name, _ in self._fields_)
@@ -134,19 +126,18 @@ class Plan(_Native):
         handle = ctypes.c_void_p()
         self._made(self._library.tf_plan_create(ctypes.byref(sizes), ctypes.byref(handle)), handle)
 
-    def pack(self, block: MetaBlock) -> Plan:
-        """Copy the weights of `block` in.
+    def pack(self, weights: Weights) -> Plan:
+        """Copy the weights in.
 
         Raises:
             ValueError: a weight is NaN or infinite; named. The plan is then not usable until packed again.
         """
-        names, tensors = _tensors(block)
-        dtype = native.DTYPES[block.pos_embed.dtype]
+        tensors = weights.tensors
         pointers = (ctypes.c_void_p * len(tensors))(*(native.pointer(tensor) for tensor in tensors))
-        bad = ctypes.c_int64(-1)
+        dtype, bad = native.DTYPES[tensors[0].dtype], ctypes.c_int64(-1)
         status = self._library.tf_plan_pack(self.handle, pointers, dtype, native.threads(), ctypes.byref(bad))
         if status == NOT_FINITE:
-            raise ValueError(f"block_inverse: weights must be finite, got NaN or infinity in {names(bad.value)}")
+            raise ValueError(f"block_inverse: weights must be finite, got NaN or infinity in {weights.name(bad.value)}")
         native.check(status, "block_inverse")
         return self
 
@@ -196,28 +187,33 @@ class Engine:
         y: Tensor | None,
         guidance: Guidance,
         on_token: Callable[[], None] | None = None,
+        weights: Weights | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The contract of `invert_sequential`: x (B, T, D) in z's dtype and log_det (B,) float32."""
+        """The contract of `invert_sequential`: x (B, T, D) in z's dtype and log_det (B,) float32.
+
+        weights: what `inspect(block)` gave, if that was asked already.
+        """
         B = z.size(0)
         if B == 0:
             return z.clone(), torch.zeros(0)
-        sizes, share = Sizes.of(block, self.precision), 2 if guidance.active else 1
+        if weights is None:
+            weights = inspect(block)
+            if isinstance(weights, str):
+                raise RuntimeError(f"block_inverse: the native engine cannot take this block: {weights}")
+        sizes, share = Sizes.of(block, weights, self.precision), 2 if guidance.active else 1
         group = self._fit(sizes, B, share)
-        plan = self._packed(sizes, block)
+        plan = self._packed(sizes, weights)
         z32 = z.detach().to(torch.float32).contiguous()
         x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64)
         classes = _class_rows(block, y, B, guidance.active)
         scale = (
             torch.tensor([1.0, 1.0 / guidance.attn_temp]).repeat(B) if share == 2 and guidance.attn_temp != 1 else None
         )
-        weights = torch.full((B,), guidance.weight) if share == 2 else None
+        strength = torch.full((B,), float(guidance.weight)) if share == 2 else None
         for begin in range(0, B, group):
             end = min(begin + group, B)
-            rows = slice(begin * share, end * share)
-            parts = (z32[begin:end], x[begin:end], log_det[begin:end], classes, scale, weights)
-            pointers = [native.pointer(part) for part in parts[:3]]
-            pointers += [None if part is None else native.pointer(part[rows]) for part in parts[3:5]]
-            pointers += [None if weights is None else native.pointer(weights[begin:end])]
+            parts = [(z32, 1), (x, 1), (log_det, 1), (classes, share), (scale, share), (strength, 1)]
+            pointers = [None if part is None else native.pointer(part[begin * per :]) for part, per in parts]
             what = "a" in guidance.what, "b" in guidance.what
             job = _Inversion(*pointers, end - begin, *what, guidance.annealed, block.flip, self.split)
             self._run(plan, job, sizes, on_token if end == B else None)
@@ -257,10 +253,10 @@ class Engine:
         native.check(status, "block_inverse")
         return ab
 
-    def _packed(self, sizes: Sizes, block: MetaBlock) -> Plan:
+    def _packed(self, sizes: Sizes, weights: Weights) -> Plan:
         if self._plan is None or self._plan.sizes.key() != sizes.key():
             self._plan = Plan(sizes)
-        return self._plan.pack(block)
+        return self._plan.pack(weights)
 
     def _fit(self, sizes: Sizes, B: int, share: int) -> int:
         """Batch rows to invert together, their workspace made."""
@@ -299,32 +295,6 @@ def available_memory() -> int | None:
     except OSError:
         pass
     return None
-
-
-def _tensors(block: MetaBlock) -> tuple[Callable[[int], str], list[Tensor | None]]:
-    """The weights in the order of tf_plan_pack, contiguous, and what to call the i-th of them."""
-    modules = [("proj_in", block.proj_in), ("pos_embed", None), ("proj_out", block.proj_out)]
-    for number, layer in enumerate(block.attn_blocks):
-        attention, mlp = layer.attention, layer.mlp
-        inside = [
-            ("attention.norm", attention.norm),
-            ("attention.qkv", attention.qkv),
-            ("attention.proj", attention.proj),
-        ]
-        inside += [("mlp.norm", mlp.norm), ("mlp.main.0", mlp.main[0]), ("mlp.main.2", mlp.main[2])]
-        modules += [(f"attn_blocks.{number}.{name}", module) for name, module in inside]
-    tensors: list[Tensor | None] = []
-    for _, module in modules:
-        tensors += [block.pos_embed] if module is None else [module.weight, module.bias]
-    tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in tensors]
-
-    def name_of(index: int) -> str:
-        names = []
-        for name, module in modules:
-            names += [name] if module is None else [f"{name}.weight", f"{name}.bias"]
-        return names[index]
-
-    return name_of, tensors
 
 
 def _class_rows(block: MetaBlock, y: Tensor | None, B: int, guided: bool) -> Tensor | None:
