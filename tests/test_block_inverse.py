@@ -20,7 +20,7 @@ from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
 from tarflow_fast.ops import explain
 from tarflow_fast.verify import error_and_bound
 
-SWEEP = int(os.environ.get("TARFLOW_SWEEP", 24))
+SWEEP = int(os.environ.get("TARFLOW_SWEEP", 12))
 PRECISIONS = ("fp32", "bf16", "int8")
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
 
