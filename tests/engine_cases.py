@@ -42,7 +42,7 @@ def draw_case(seed):
     heads = choose.randint(1, max(1, 256 // head_size if head_size > 64 else 4))
     num_classes = choose.choice((0, 0, 3))
     T, D, B = (
-        choose.choice((1, 2, 3, 5, 15, 16, 17, 24, 33)),
+        choose.choice((1, 2, 3, 5, 9, 16, 17, 33)),
         choose.randint(1, 40),
         choose.randint(8, 24),
     )

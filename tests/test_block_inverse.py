@@ -43,19 +43,21 @@ def small_case(seed=0, B=5, **sizes):
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_error_rule_over_drawn_blocks(precision):
-    worst = (0.0, -1)
+def test_error_rule_over_drawn_blocks():
+    worst = {"fp32": (0.0, -1), "bf16": (0.0, -1)}
     for seed in range(SWEEP):
         case = draw_case(seed)
-        truth, plain = in_torch(case, torch.float64), in_torch(case, autocast=precision == "bf16")
-        got = run(case, precision)
-        for name, ours, exact, theirs in zip(("x", "log_det"), got, truth, plain, strict=True):
-            if ours.numel():
+        truth = in_torch(case, torch.float64)
+        for precision in worst:
+            plain = in_torch(case, autocast=precision == "bf16")
+            for name, ours, exact, theirs in zip(("x", "log_det"), run(case, precision), truth, plain, strict=True):
                 error, bound = error_and_bound(ours, exact, theirs)
-                worst = max(worst, ((error / bound.clamp(min=1e-30)).max().item(), seed))
-            assert_accurate(f"{name} of case {seed}", ours, exact, theirs)
-    print(f"\n{native.isa()} {precision}: {SWEEP} blocks, worst {worst[0]:.2f} of its bound (case {worst[1]})")
+                ratio = (error / bound.clamp(min=1e-30)).max().item()
+                worst[precision] = max(worst[precision], (ratio, seed))
+                if SWEEP < 100:
+                    assert_accurate(f"{name} of case {seed} in {precision}", ours, exact, theirs)
+    print(f"\n{native.isa()}: {SWEEP} blocks, (worst share of the bound, case): {worst}")
+    assert max(worst.values())[0] <= 1.0, worst
 
 
 @pytest.mark.every_isa

@@ -85,13 +85,14 @@ class Engine:
         sizes, share = Sizes.of(block, weights, self.precision), 2 if guidance.active else 1
         group = self._group(sizes, B, share)
         if self._plan is None or self._plan.sizes.key() != sizes.key():
-            self._plan = None  # the old one is freed before the new one is made
-            self._plan = Plan(sizes)
+            self._plan = None  # the old one goes before the new one is made
+            self._plan = Plan.of(sizes)
         self._plan.pack(weights)
         space = self._workspace
-        if space is None or space.sizes.key() != sizes.key() or space.rows < group * share:
+        fits = space is not None and space.sizes.key() == sizes.key() and space.rows >= group * share
+        if not fits or space.threads < native.threads():
             self._workspace = None
-            self._workspace = Workspace(sizes, group * share)
+            self._workspace = Workspace.of(sizes, group * share, 1, native.threads())
 
         z32 = z.detach().to(torch.float32).contiguous()
         x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64)
@@ -124,6 +125,11 @@ class Engine:
                 told = solved
             if stage.value >= tokens * stages:
                 return
+
+    def __del__(self) -> None:
+        for thing in (getattr(self, "_plan", None), getattr(self, "_workspace", None)):
+            if thing is not None:
+                thing.put_aside()
 
     def _group(self, sizes: Sizes, B: int, share: int) -> int:
         """How many rows of the batch to invert together."""

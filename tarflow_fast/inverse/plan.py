@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from tarflow_fast import native
 from tarflow_fast.inverse.eligibility import Weights
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from tarflow_fast.block import MetaBlock
 
 __all__ = ["PRECISIONS", "SPLITS", "Plan", "Sizes", "Workspace", "run_pass"]
@@ -47,9 +50,10 @@ class _Native:
 
     _destroy: str
 
-    def __init__(self, sizes: Sizes, nbytes: int) -> None:
+    def __init__(self, sizes: Sizes, nbytes: int, *more: int) -> None:
         self._handle: ctypes.c_void_p | None = None
         self.sizes, self.bytes, self._pid = sizes, nbytes, os.getpid()
+        self.key = (*sizes.key(), *more)
         self.library = native.library()
         if nbytes < 0:
             raise ValueError(f"block_inverse: the sizes of this block overflow: {sizes.key()}")
@@ -70,6 +74,19 @@ class _Native:
             raise RuntimeError(f"block_inverse: this {what} was made before a fork; make another in this process")
         return self._handle
 
+    @property
+    def usable(self) -> bool:
+        return self._handle is not None and self._pid == os.getpid()
+
+    @classmethod
+    def of(cls, *key: Any) -> Self:
+        """One made before and put aside, or a new one."""
+        return _spares.take(cls, (*key[0].key(), *key[1:])) or cls(*key)
+
+    def put_aside(self) -> None:
+        """Keep it for the next call, which owns it from then on; or give its memory back."""
+        _spares.put(self)
+
     def close(self) -> None:
         """Give the memory back; further use raises ValueError."""
         handle, self._handle = getattr(self, "_handle", None), None
@@ -77,6 +94,35 @@ class _Native:
             getattr(self.library, self._destroy)(handle)
 
     __del__ = close
+
+
+class _Spares:
+    """Memory of finished calls, kept for the next of the same sizes: a small block is inverted in the time that fresh
+    pages take. Only memory is kept: a plan is packed anew by every call, a workspace holds nothing a run reads."""
+
+    LIMIT = 64 << 20  # bytes in all
+
+    def __init__(self) -> None:
+        self._lock, self._kept = threading.Lock(), []
+
+    def take(self, kind: type[_Native], key: tuple[int, ...]) -> _Native | None:
+        with self._lock:
+            for number, thing in enumerate(self._kept):
+                if type(thing) is kind and thing.key == key and thing.usable:
+                    return self._kept.pop(number)
+        return None
+
+    def put(self, thing: _Native) -> None:
+        with self._lock:
+            if thing.usable:
+                self._kept.append(thing)
+            while sum(kept.bytes for kept in self._kept) > self.LIMIT:
+                self._kept.pop(0)  # the oldest; its memory goes back with it
+
+
+_spares = _Spares()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_spares.__init__)  # the lock may be held, and the memory is refused anyway
 
 
 class Plan(_Native):
@@ -124,7 +170,7 @@ class Workspace(_Native):
     def __init__(self, sizes: Sizes, rows: int, window: int = 1, threads: int | None = None) -> None:
         self.rows, self.window = rows, window
         self.threads = native.threads() if threads is None else threads
-        super().__init__(sizes, self.bytes_of(sizes, rows, window, self.threads))
+        super().__init__(sizes, self.bytes_of(sizes, rows, window, self.threads), rows, window, self.threads)
         handle = ctypes.c_void_p()
         status = self.library.tf_workspace_create(ctypes.byref(sizes), rows, window, self.threads, ctypes.byref(handle))
         self._made(status, handle)
