@@ -123,7 +123,6 @@ template <class Math, int M, int LINES>
 void tile(const void* operands, int64_t stride, const void* weights, int64_t steps, const Ends& ends, float* y,
           const char* ahead) {
     constexpr int V = columns_of(M);
-    const auto* a0 = static_cast<const typename Math::Operand*>(operands);
     for (int column = 0; column < PANEL; column += V * W) {
         const auto* w = static_cast<const typename Math::Weight*>(weights) + column * Math::INPUTS;
         const auto* a = static_cast<const typename Math::Operand*>(operands);
