@@ -20,7 +20,7 @@ constexpr int columns_of(int M) {
 struct MathF32 {
     typedef float Operand;
     typedef float Weight;
-    static constexpr int INPUTS = 1, RUN = 64;
+    static constexpr int INPUTS = 1, RUN = 32;
     static constexpr int64_t AHEAD = 0;
 
     template <int M, int V>
@@ -80,7 +80,7 @@ struct MathBf16 {
 struct MathInt8 {
     typedef float Operand;
     typedef int8_t Weight;
-    static constexpr int INPUTS = 1, RUN = 64;
+    static constexpr int INPUTS = 1, RUN = 32;
     static constexpr int64_t AHEAD = 8192;  // bytes; a row of weights is one line, too slow for the machine's own guess
 
     static inline vf widen(const int8_t* w) {
