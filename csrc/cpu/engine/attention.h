@@ -26,7 +26,7 @@ struct QueryOf {
 #if defined(__AVX512BF16__)
 template <>
 struct QueryOf<bf16> {
-    typedef bf16 Type;
+    typedef operand_bf16 Type;
 };
 #endif
 
@@ -35,7 +35,7 @@ inline void store_key(float* block, int64_t e, int64_t t, vf key, int part) {
 }
 
 inline void store_key(bf16* block, int64_t e, int64_t t, vf key, int part) {
-    const vh h = narrow_bf16(key);
+    const vh h = narrow_operand(key);
     uint32_t pairs[W / 2];
     memcpy(pairs, &h, sizeof h);
     for (int k = 0; k < W / 2; ++k) memcpy(block + (e + part * W + 2 * k) * KEYS + 2 * (t % KEYS), pairs + k, 4);
@@ -45,7 +45,7 @@ inline void store_value(float* values, int64_t Ep, int64_t e, int64_t t, vf valu
 
 inline void store_value(bf16* values, int64_t Ep, int64_t e, int64_t t, vf value) {
     bf16* at = values + (t & ~int64_t(1)) * Ep + 2 * e;
-    const vu h = __builtin_convertvector(narrow_bf16(value), vu);
+    const vu h = __builtin_convertvector(narrow_operand(value), vu);
     vu pair;
     memcpy(&pair, at, sizeof pair);
     pair = t % 2 ? (pair & 0xffffu) | h << 16 : h;
@@ -68,13 +68,13 @@ inline vu load_pairs(const bf16* p) {
 }
 
 #if defined(__AVX512BF16__)
-inline vf dot(vf sum, const bf16* pair, vu pairs) {
+inline vf dot(vf sum, const operand_bf16* pair, vu pairs) {
     int32_t factor;
     memcpy(&factor, pair, sizeof factor);
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(factor), (__m512bh)pairs);
 }
 
-inline void add_scores(const bf16* q, const bf16* block, int64_t e, int, vf& first, vf& second) {
+inline void add_scores(const operand_bf16* q, const bf16* block, int64_t e, int, vf& first, vf& second) {
     first = dot(first, q + e, load_pairs(block + e * KEYS));
     second = dot(second, q + e + 2, load_pairs(block + (e + 2) * KEYS));
 }
@@ -107,13 +107,13 @@ inline void add_one(const float* p, const bf16* values, int64_t Ep, int64_t e, i
 }
 
 #if defined(__AVX512BF16__)
-inline void add_four(const bf16* p, const bf16* values, int64_t Ep, int64_t e, int64_t t, vf& first, vf& second) {
+inline void add_four(const operand_bf16* p, const bf16* values, int64_t Ep, int64_t e, int64_t t, vf& first, vf& second) {
     values += t * Ep + 2 * e;
     first = dot(first, p + t, load_pairs(values));
     second = dot(second, p + t + 2, load_pairs(values + 2 * Ep));
 }
 
-inline void add_one(const bf16* p, const bf16* values, int64_t Ep, int64_t e, int64_t t, vf& sum) {
+inline void add_one(const operand_bf16* p, const bf16* values, int64_t Ep, int64_t e, int64_t t, vf& sum) {
     const vf probability = bits<vf>(vu{} + (uint32_t(p[t].bits) << 16));
     const vu pairs = load_pairs(values + (t & ~int64_t(1)) * Ep + 2 * e);
     sum = fma(probability, bits<vf>(t % 2 ? pairs & 0xffff0000u : pairs << 16), sum);
@@ -160,6 +160,14 @@ inline void score_blocks(int64_t n, const Query* q, const Cache* keys, int64_t E
     }
 }
 
+inline float largest_lane(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);  // the wait for it is a tenth of a short attention
+#else
+    return max_lane(v);
+#endif
+}
+
 // scores[0 .. n) -> exp(score - max), zeros up to a whole block; returns the sum. Query bf16: the probabilities are left as
 // bf16 at the start of the row, and the sum is that of the rounded ones.
 template <class Query>
@@ -168,7 +176,7 @@ inline float soft_max(float* scores, int64_t n) {
     for (int64_t t = n; t < end; ++t) scores[t] = -INFINITY;
     vf most = splat(-INFINITY);
     for (int64_t t = 0; t < end; t += W) most = max(most, load(scores + t));
-    const vf largest = splat(max_lane(most));
+    const vf largest = splat(largest_lane(most));
     vf total = zero();
     Query* p = reinterpret_cast<Query*>(scores);  // behind or at what is read
     for (int64_t t = 0; t < end; t += W) {

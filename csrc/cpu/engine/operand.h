@@ -28,6 +28,28 @@ inline vf load(const rounded* p) { return load(&p->value); }
 inline void store(rounded* p, vf v) { store(&p->value, round_to_bf16(v)); }
 inline void store(rounded* p, vf v, int n) { store(&p->value, round_to_bf16(v), n); }
 
+// What the machine's own conversion makes of v: to the nearest, denormals to 0, as its products take them anyway.
+inline vh narrow_operand(vf v) {
+#if defined(__AVX512BF16__)
+    return bits<vh>(_mm512_cvtneps_pbh((__m512)v));
+#else
+    return narrow_bf16(v);
+#endif
+}
+
+#if defined(__AVX512BF16__)
+struct operand_bf16 {
+    uint16_t bits;
+};
+
+inline vf load(const operand_bf16* p) { return widen_bf16(load_bits(p)); }
+inline void store(operand_bf16* p, vf v) {
+    const vh h = narrow_operand(v);
+    memcpy(p, &h, sizeof h);
+}
+inline void store(operand_bf16* p, vf v, int n) { store_bits(&p->bits, narrow_operand(v), n); }
+#endif
+
 struct PrecisionFp32 {
     typedef float Operand;
     typedef float Cache;
@@ -35,7 +57,7 @@ struct PrecisionFp32 {
 
 struct PrecisionBf16 {
 #if defined(__AVX512BF16__)
-    typedef bf16 Operand;
+    typedef operand_bf16 Operand;
 #else
     typedef rounded Operand;
 #endif
