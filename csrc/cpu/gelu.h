@@ -5,10 +5,10 @@
 namespace tf::TF_ISA {
 namespace {
 
-// x Phi(x) = max(x, 0) - u e^(-u^2 / 2) g(u), u = |x|, g(u) = erfc(u / sqrt 2) e^(u^2 / 2) / 2: no cancellation on either
-// side, and one formula for both. Written u g(u) = s Q(s) with s = u / (1 + 7/16 u): Q is a polynomial of degree 10, the
-// minimax fit of relative error 3.3e-9 on 0 <= u <= 14.5, where GELU has long rounded to x or to 0.
-// Error against float64, measured: 3.0 ulp everywhere, and 1.3e-7 below x = 4; above, x itself is coarser than that.
+// x Phi(x) = max(x, 0) - u e^(-u^2 / 2) g(u), u = |x|, g(u) = erfc(u / sqrt 2) e^(u^2 / 2) / 2: no cancellation on
+// either side, and one formula for both. Written u g(u) = s Q(s) with s = u / (1 + 7/16 u): Q is a polynomial of degree
+// 10, the minimax fit of relative error 3.3e-9 on 0 <= u <= 14.5, where GELU has long rounded to x or to 0. Error
+// against float64, measured: 3.0 ulp everywhere, and 1.3e-7 below x = 4; above, x itself is coarser than that.
 inline vf gelu(vf x) {
     const vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffffu);
     const vf u = select(magnitude < splat(14.5f), magnitude, splat(14.5f));

@@ -1,22 +1,22 @@
 // W queries of one (row, head) against its cache and, causally, each other.
 //
-// Keys lie in blocks of 16, [T/16][Ep][16] (bf16: [T/16][Ep/2][16][2]): a vector of scores is built without a sum across
-// lanes. Values are rows, [T][Ep] (bf16: pairs of rows, [T/2][Ep][2]). Where the machine multiplies bf16 pairs, queries and
-// probabilities are rounded to bf16 as well; elsewhere they stay fp32.
-// A score is the sum of two chains over the head, an output the sum of two chains over the keys. No order depends on W, the
-// row or the thread, so a query has the same bits alone and in a window; and it never touches a key after its own, which
-// may be anything, NaN included.
+// Keys lie in blocks of 16, [T/16][Ep][16] (bf16: [T/16][Ep/2][16][2]): a vector of scores is built without a sum
+// across lanes. Values are rows, [T][Ep] (bf16: pairs of rows, [T/2][Ep][2]). Where the machine multiplies bf16 pairs,
+// queries and probabilities are rounded to bf16 as well; elsewhere they stay fp32. A score is the sum of two chains
+// over the head, an output the sum of two chains over the keys. No order depends on W, the row or the thread, so a
+// query has the same bits alone and in a window; and it never touches a key after its own, which may be anything, NaN
+// included.
 #pragma once
 #include "operand.h"
 
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int PARTS = KEYS / W;            // vectors of a block of keys
+constexpr int PARTS = KEYS / W;             // vectors of a block of keys
 constexpr int BLOCKS = W >= 8 ? W / 4 : 1;  // key blocks at a time: as many chains as hide the latency
 constexpr int64_t VALUES = 64;              // values at a time, read once for all queries of a window
 
-// ---- what a cache of fp32 or bf16 does differently ---------------------------------------------------------------------
+// ---- what a cache of fp32 or bf16 does differently ----------------------------------------------------------------
 
 // A query as the scores take it.
 template <class Cache>
@@ -41,7 +41,9 @@ inline void store_key(bf16* block, int64_t e, int64_t t, vf key, int part) {
     for (int k = 0; k < W / 2; ++k) memcpy(block + (e + part * W + 2 * k) * KEYS + 2 * (t % KEYS), pairs + k, 4);
 }
 
-inline void store_value(float* values, int64_t Ep, int64_t e, int64_t t, vf value) { store(values + t * Ep + e, value); }
+inline void store_value(float* values, int64_t Ep, int64_t e, int64_t t, vf value) {
+    store(values + t * Ep + e, value);
+}
 
 inline void store_value(bf16* values, int64_t Ep, int64_t e, int64_t t, vf value) {
     bf16* at = values + (t & ~int64_t(1)) * Ep + 2 * e;
@@ -107,7 +109,8 @@ inline void add_one(const float* p, const bf16* values, int64_t Ep, int64_t e, i
 }
 
 #if defined(__AVX512BF16__)
-inline void add_four(const operand_bf16* p, const bf16* values, int64_t Ep, int64_t e, int64_t t, vf& first, vf& second) {
+inline void add_four(const operand_bf16* p, const bf16* values, int64_t Ep, int64_t e, int64_t t, vf& first,
+                     vf& second) {
     values += t * Ep + 2 * e;
     first = dot(first, p + t, load_pairs(values));
     second = dot(second, p + t + 2, load_pairs(values + 2 * Ep));
@@ -128,7 +131,7 @@ inline void add_four(const float* p, const bf16* values, int64_t Ep, int64_t e, 
 }
 #endif
 
-// ---- scores, softmax, values -------------------------------------------------------------------------------------------
+// ---- scores, softmax, values --------------------------------------------------------------------------------------
 
 template <int N, class Query, class Cache>
 inline void score_blocks(const Query* q, const Cache* keys, int64_t Ep, float* scores) {
@@ -142,21 +145,24 @@ inline void score_blocks(const Query* q, const Cache* keys, int64_t Ep, float* s
 #pragma GCC unroll 8
     for (int b = 0; b < N; ++b)
 #pragma GCC unroll 8
-        for (int part = 0; part < PARTS; ++part)
-            store(scores + b * KEYS + part * W, sum[b][part][0] + sum[b][part][1]);
+        for (int part = 0; part < PARTS; ++part) store(scores + b * KEYS + part * W, sum[b][part][0] + sum[b][part][1]);
 }
 
 template <class Query, class Cache>
 inline void score_blocks(int64_t n, const Query* q, const Cache* keys, int64_t Ep, float* scores) {
     switch (n) {
 #if defined(__AVX512F__)
-        case 4: return score_blocks<4>(q, keys, Ep, scores);
-        case 3: return score_blocks<3>(q, keys, Ep, scores);
+        case 4:
+            return score_blocks<4>(q, keys, Ep, scores);
+        case 3:
+            return score_blocks<3>(q, keys, Ep, scores);
 #endif
 #if defined(__AVX2__)
-        case 2: return score_blocks<2>(q, keys, Ep, scores);
+        case 2:
+            return score_blocks<2>(q, keys, Ep, scores);
 #endif
-        default: return score_blocks<1>(q, keys, Ep, scores);
+        default:
+            return score_blocks<1>(q, keys, Ep, scores);
     }
 }
 
@@ -168,8 +174,8 @@ inline float largest_lane(vf v) {
 #endif
 }
 
-// scores[0 .. n) -> exp(score - max), zeros up to a whole block; returns the sum. Query bf16: the probabilities are left as
-// bf16 at the start of the row, and the sum is that of the rounded ones.
+// scores[0 .. n) -> exp(score - max), zeros up to a whole block; returns the sum. Query bf16: the probabilities are
+// left as bf16 at the start of the row, and the sum is that of the rounded ones.
 template <class Query>
 inline float soft_max(float* scores, int64_t n) {
     const int64_t end = round_up(n, KEYS);
@@ -187,7 +193,8 @@ inline float soft_max(float* scores, int64_t n) {
     return sum(total);
 }
 
-// sums (2 chains, Ep each) += p[t] values[t] for begin <= t < end, begin a multiple of 4; V vectors of the head from e on.
+// sums (2 chains, Ep each) += p[t] values[t] for begin <= t < end, begin a multiple of 4; V vectors of the head from e
+// on.
 template <int V, class Query, class Cache>
 inline void add_values(const Query* p, const Cache* values, int64_t Ep, int64_t e, int64_t begin, int64_t end,
                        float* sums) {

@@ -88,18 +88,20 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
     }
     // One flag for even and one for odd stages: a slow thread may still read the one while the next is written.
     int64_t reached = begin, late[2] = {0, 0};
-    run_teams(threads, by_rows, in.batch, job.share, [&](Team team, int thread, Range rows) {
-        for (int64_t at = begin; at < stop; ++at) {
-            const Pass p = {job.plan, job.space, team, job.space.scratch[thread], rows, 1, at / stages, in.classes,
-                            in.query_scale, in.flip != 0};
-            // Decided before the stage's own barriers, hence known to all after them.
-            if (!by_rows && team.rank == 0)
-                __atomic_store_n(&late[at & 1], seconds() - start > limit, __ATOMIC_RELEASE);
-            run_stage<P>(job, p, at);
-            if (team.rank == 0 && thread == 0) reached = at + 1;
-            if (!by_rows && __atomic_load_n(&late[at & 1], __ATOMIC_ACQUIRE)) break;
-        }
-    });
+    run_teams(useful_threads(job.plan, threads, by_rows), by_rows, in.batch, job.share,
+              [&](Team team, int thread, Range rows) {
+                  for (int64_t at = begin; at < stop; ++at) {
+                      const Pass p = {job.plan,       job.space,   team,        job.space.scratch[thread],
+                                      rows,           1,           at / stages, in.classes,
+                                      in.query_scale, in.flip != 0};
+                      // Decided before the stage's own barriers, hence known to all after them.
+                      if (!by_rows && team.rank == 0)
+                          __atomic_store_n(&late[at & 1], seconds() - start > limit, __ATOMIC_RELEASE);
+                      run_stage<P>(job, p, at);
+                      if (team.rank == 0 && thread == 0) reached = at + 1;
+                      if (!by_rows && __atomic_load_n(&late[at & 1], __ATOMIC_ACQUIRE)) break;
+                  }
+              });
     job.space.unit_seconds = (seconds() - start) / double(reached - begin);
     *stage = reached;
 }
@@ -113,7 +115,8 @@ int invert(const tf_plan* plan_handle, tf_workspace* workspace, const tf_inversi
     const Shape& s = plan.shape;
     const Job job = {plan, space, *in, in->guidance ? 2 : 1};
     const int64_t end = (s.T - 1) * (s.L + 2);
-    if (in->batch < 1 || !fits(plan.shape, space, in->batch * job.share, 1) || *stage < 0 || *stage > end) return TF_BAD_SIZE;
+    if (in->batch < 1 || !fits(plan.shape, space, in->batch * job.share, 1) || *stage < 0 || *stage > end)
+        return TF_BAD_SIZE;
     if (threads > space.threads) threads = space.threads;
     if (*stage == 0)
         for (int64_t b = 0; b < in->batch; ++b) {
@@ -122,9 +125,14 @@ int invert(const tf_plan* plan_handle, tf_workspace* workspace, const tf_inversi
         }
     if (*stage == end) return TF_OK;
     switch (s.precision) {
-        case TF_PRECISION_FP32: run<PrecisionFp32>(job, stage, end, limit, threads); break;
-        case TF_PRECISION_BF16: run<PrecisionBf16>(job, stage, end, limit, threads); break;
-        default: run<PrecisionInt8>(job, stage, end, limit, threads);
+        case TF_PRECISION_FP32:
+            run<PrecisionFp32>(job, stage, end, limit, threads);
+            break;
+        case TF_PRECISION_BF16:
+            run<PrecisionBf16>(job, stage, end, limit, threads);
+            break;
+        default:
+            run<PrecisionInt8>(job, stage, end, limit, threads);
     }
     return TF_OK;
 }

@@ -1,5 +1,5 @@
-// What one thread of a team does in each stage of a pass: W tokens of each row through the net. Stages end with a barrier,
-// so the next may read what any thread wrote. Threads own columns; a team of one owns everything.
+// What one thread of a team does in each stage of a pass: W tokens of each row through the net. Stages end with a
+// barrier, so the next may read what any thread wrote. Threads own columns; a team of one owns everything.
 #pragma once
 #include "../gelu.h"
 #include "attention.h"
@@ -23,11 +23,11 @@ struct Pass {
     const Plan& plan;
     Workspace& space;
     Team team;
-    const Scratch& scratch;   // of this thread
-    Range rows;               // engine rows of this team
-    int64_t window;           // tokens a row, W
-    int64_t position;         // of the first of them, in net order
-    const float* classes;     // [R][C], nullptr without classes
+    const Scratch& scratch;    // of this thread
+    Range rows;                // engine rows of this team
+    int64_t window;            // tokens a row, W
+    int64_t position;          // of the first of them, in net order
+    const float* classes;      // [R][C], nullptr without classes
     const float* query_scale;  // [R]: 1 over the temperature of the row; nullptr for 1
     bool flip;
 
@@ -51,8 +51,9 @@ struct Stages {
             const Range block = share(count, b, blocks);
             const int64_t begin = first + block.begin;
             const void* operands = load(begin, begin + block.size());
-            matmul(m, operands, operand_stride, begin, block.size(), mine.begin, mine.end, p.scratch.y,
-                   [](void* context, const Tile& tile) { (*static_cast<Done*>(context))(tile); }, &done);
+            matmul(
+                m, operands, operand_stride, begin, block.size(), mine.begin, mine.end, p.scratch.y,
+                [](void* context, const Tile& tile) { (*static_cast<Done*>(context))(tile); }, &done);
         }
     }
 
@@ -102,8 +103,7 @@ struct Stages {
 
     static Cache* keys(const Pass& p, int64_t layer, int64_t row, int64_t head) {
         const Shape& s = p.plan.shape;
-        return static_cast<Cache*>(p.space.cache) +
-               ((layer * p.space.rows + row) * s.H + head) * (s.Tp * 2 * s.Ep);
+        return static_cast<Cache*>(p.space.cache) + ((layer * p.space.rows + row) * s.H + head) * (s.Tp * 2 * s.Ep);
     }
 
     // Columns of qkv: queries scaled and kept, keys and values appended to the cache in place.
@@ -140,8 +140,8 @@ struct Stages {
         const int64_t m = row * p.window, q_stride = stride(s.H * s.Ep);
         const Cache* k = keys(p, layer, row, head);
         Operand* out = static_cast<Operand*>(p.space.mixed) + m * stride(s.C) + head * s.E;
-        attend(static_cast<const Query*>(p.space.q) + m * q_stride + head * s.Ep, q_stride, p.window, p.position, k, k + s.Tp * s.Ep, s.E, s.Ep,
-               s.Tp, p.scratch.attention, out, stride(s.C));
+        attend(static_cast<const Query*>(p.space.q) + m * q_stride + head * s.Ep, q_stride, p.window, p.position, k,
+               k + s.Tp * s.Ep, s.E, s.Ep, s.Tp, p.scratch.attention, out, stride(s.C));
     }
 
     static void attention(const Pass& p, int64_t layer) {
@@ -151,8 +151,8 @@ struct Stages {
         const auto done = [&](const Tile& tile) { scatter(p, layer, tile); };
         if (s.groups % p.team.size == 0) {  // own heads from end to end
             const Range groups = p.team.mine(s.groups);
-            product(p, weights.qkv, {groups.begin * s.group_panels, groups.end * s.group_panels}, stride(s.C), load_rows,
-                    done);
+            product(p, weights.qkv, {groups.begin * s.group_panels, groups.end * s.group_panels}, stride(s.C),
+                    load_rows, done);
             for (int64_t row = p.rows.begin; row < p.rows.end; ++row)
                 for (int64_t head = groups.begin * s.group; head < groups.end * s.group && head < s.H; ++head)
                     attend_one(p, layer, row, head);
@@ -170,14 +170,15 @@ struct Stages {
     static void residual(const Pass& p, const Matrix& matrix, const void* operands, int64_t operand_stride) {
         const Shape& s = p.plan.shape;
         const Operand* a = static_cast<const Operand*>(operands);
-        product(p, matrix, p.team.mine(panels(s.C)), operand_stride,
-                [&](int64_t begin, int64_t) { return a + begin * operand_stride; },
-                [&](const Tile& tile) {
-                    each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
-                        float* h = p.space.h + m * stride(s.C) + c;
-                        n == W ? store(h, load(h) + y) : store(h, load(h, n) + y, n);
-                    });
+        product(
+            p, matrix, p.team.mine(panels(s.C)), operand_stride,
+            [&](int64_t begin, int64_t) { return a + begin * operand_stride; },
+            [&](const Tile& tile) {
+                each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
+                    float* h = p.space.h + m * stride(s.C) + c;
+                    n == W ? store(h, load(h) + y) : store(h, load(h, n) + y, n);
                 });
+            });
         p.team.wait();
     }
 
@@ -186,14 +187,15 @@ struct Stages {
         const Layer& weights = p.plan.layers[number];
         attention(p, number);
         residual(p, weights.proj, p.space.mixed, stride(s.C));
-        product(p, weights.fc1, p.team.mine(panels(s.F)), stride(s.C),
-                [&](int64_t begin, int64_t end) { return normalised(p, weights.norm2, begin, end); },
-                [&](const Tile& tile) {
-                    each(tile, s.F, [&](vf y, int64_t m, int64_t c, int n) {
-                        Operand* hidden = static_cast<Operand*>(p.space.hidden) + m * stride(s.F) + c;
-                        n == W ? store(hidden, gelu(y)) : store(hidden, gelu(y), n);
-                    });
+        product(
+            p, weights.fc1, p.team.mine(panels(s.F)), stride(s.C),
+            [&](int64_t begin, int64_t end) { return normalised(p, weights.norm2, begin, end); },
+            [&](const Tile& tile) {
+                each(tile, s.F, [&](vf y, int64_t m, int64_t c, int n) {
+                    Operand* hidden = static_cast<Operand*>(p.space.hidden) + m * stride(s.F) + c;
+                    n == W ? store(hidden, gelu(y)) : store(hidden, gelu(y), n);
                 });
+            });
         p.team.wait();
         residual(p, weights.fc2, p.space.hidden, stride(s.F));
     }

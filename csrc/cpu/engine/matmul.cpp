@@ -8,15 +8,17 @@ namespace {
 constexpr int64_t CHUNK = 512;  // inputs worked on at a time: two such parts of a panel a thread stay in the L2 cache
 constexpr int MAX_ROWS = 6;
 
-// How many vectors of columns a tile of M rows has: all accumulators, one row of weights and a factor stay in registers.
+// How many vectors of columns a tile of M rows has: all accumulators, one row of weights and a factor stay in
+// registers.
 constexpr int columns_of(int M) {
     if (W == 16) return 4;
     if (M == 1) return 8;
     return M <= 3 ? 4 : 2;
 }
 
-// step(): the products of one stored row of weights, V vectors from w on, with M rows of a; INPUTS inputs. After RUN steps
-// the sums are added to the total and start again at 0: the rounding error of long sums is a third of one chain's.
+// step(): the products of one stored row of weights, V vectors from w on, with M rows of a; INPUTS inputs. After RUN
+// steps the sums are added to the total and start again at 0: the rounding error of long sums is a third of one
+// chain's.
 struct MathF32 {
     typedef float Operand;
     typedef float Weight;
@@ -161,12 +163,18 @@ typedef void (*TileOf)(const void*, int64_t, const void*, int64_t, const Ends&, 
 template <class Math, int LINES>
 TileOf choose(int64_t rows) {
     switch (rows) {
-        case 1: return tile<Math, 1, LINES>;
-        case 2: return tile<Math, 2, LINES>;
-        case 3: return tile<Math, 3, LINES>;
-        case 4: return tile<Math, 4, LINES>;
-        case 5: return tile<Math, 5, LINES>;
-        default: return tile<Math, 6, LINES>;
+        case 1:
+            return tile<Math, 1, LINES>;
+        case 2:
+            return tile<Math, 2, LINES>;
+        case 3:
+            return tile<Math, 3, LINES>;
+        case 4:
+            return tile<Math, 4, LINES>;
+        case 5:
+            return tile<Math, 5, LINES>;
+        default:
+            return tile<Math, 6, LINES>;
     }
 }
 
@@ -193,7 +201,7 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
                 const int64_t each = lines / tiles / steps;
                 TileOf run = each >= 2 ? choose<Math, 2>(height) : choose<Math, 1>(height);
                 if (tiles == 1) {  // it meets its weights first, in order: the machine fetches ahead by itself
-                    run = choose<Math, Math::AHEAD ? 1 : 0>(height);
+                    run = choose < Math, Math::AHEAD ? 1 : 0 > (height);
                     ahead = reinterpret_cast<const char*>(w) + Math::AHEAD;
                 }
                 run(a + begin * stride + k, stride, w, steps, ends, y + begin * PANEL, ahead);
@@ -211,9 +219,12 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
 void matmul(const Matrix& m, const void* a, int64_t stride, int64_t row, int64_t rows, int64_t first, int64_t last,
             float* y, Finish finish, void* context) {
     switch (m.storage) {
-        case STORE_F32: return multiply<MathF32>(m, a, stride, row, rows, first, last, y, finish, context);
-        case STORE_BF16: return multiply<MathBf16>(m, a, stride, row, rows, first, last, y, finish, context);
-        case STORE_INT8: return multiply<MathInt8>(m, a, stride, row, rows, first, last, y, finish, context);
+        case STORE_F32:
+            return multiply<MathF32>(m, a, stride, row, rows, first, last, y, finish, context);
+        case STORE_BF16:
+            return multiply<MathBf16>(m, a, stride, row, rows, first, last, y, finish, context);
+        case STORE_INT8:
+            return multiply<MathInt8>(m, a, stride, row, rows, first, last, y, finish, context);
     }
 }
 

@@ -1,8 +1,8 @@
 // Activations times packed weights.
 //
-// Each sum of a product runs over the inputs in order, one fused multiply-add after another (one bf16 pair after another
-// with vdpbf16ps), and from run to run of a fixed length, whatever the tile, the number of rows or of threads: a result
-// never depends on its neighbours.
+// Each sum of a product runs over the inputs in order, one fused multiply-add after another (one bf16 pair after
+// another with vdpbf16ps), and from run to run of a fixed length, whatever the tile, the number of rows or of threads:
+// a result never depends on its neighbours.
 #pragma once
 #include "sizes.h"
 
@@ -10,8 +10,8 @@ namespace tf::TF_ISA {
 
 enum Storage { STORE_F32, STORE_BF16, STORE_INT8 };
 
-// A Linear, packed: weights [panels][inputs][PANEL] (bf16: [panels][inputs / 2][PANEL][2]), columns and inputs padded with
-// zeros. y = (sum over k of x[k] w[k]) * scale + bias.
+// A Linear, packed: weights [panels][inputs][PANEL] (bf16: [panels][inputs / 2][PANEL][2]), columns and inputs padded
+// with zeros. y = (sum over k of x[k] w[k]) * scale + bias.
 struct Matrix {
     int64_t inputs, columns;  // bf16: inputs is even
     Storage storage;

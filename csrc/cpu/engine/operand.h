@@ -7,8 +7,8 @@
 //
 // proj_in, proj_out, residual stream, statistics, softmax, GELU, exp and log-det are fp32 in all three.
 #pragma once
-#include "sizes.h"
 #include "../vec.h"
+#include "sizes.h"
 
 namespace tf::TF_ISA {
 namespace {

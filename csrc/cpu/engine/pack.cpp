@@ -182,21 +182,22 @@ int test_matmul(const float* x, const float* w, const float* bias, float* y, int
     } out = {y, N};
     for (int64_t row = 0; row < M; row += ROW_BLOCK) {
         const int64_t rows = M - row < ROW_BLOCK ? M - row : ROW_BLOCK;
-        matmul(m, operands + row * stride(K) * size, stride(K), row, rows, 0, panels(N), room,
-               [](void* context, const Tile& tile) {
-                   const Out& to = *static_cast<Out*>(context);
-                   for (int64_t r = 0; r < tile.rows; ++r)
-                       for (int64_t c = 0; c < PANEL && tile.panel * PANEL + c < to.N; ++c)
-                           to.y[(tile.row + r) * to.N + tile.panel * PANEL + c] = tile.y[r * PANEL + c];
-               },
-               &out);
+        matmul(
+            m, operands + row * stride(K) * size, stride(K), row, rows, 0, panels(N), room,
+            [](void* context, const Tile& tile) {
+                const Out& to = *static_cast<Out*>(context);
+                for (int64_t r = 0; r < tile.rows; ++r)
+                    for (int64_t c = 0; c < PANEL && tile.panel * PANEL + c < to.N; ++c)
+                        to.y[(tile.row + r) * to.N + tile.panel * PANEL + c] = tile.y[r * PANEL + c];
+            },
+            &out);
     }
     release(memory, bytes);
     return TF_OK;
 }
 
-// Tensors, in this order: proj_in weight and bias, pos_embed, proj_out weight and bias, then for each layer norm weight and
-// bias, qkv, proj, norm, fc1, fc2 likewise.
+// Tensors, in this order: proj_in weight and bias, pos_embed, proj_out weight and bias, then for each layer norm weight
+// and bias, qkv, proj, norm, fc1, fc2 likewise.
 int plan_pack(tf_plan* handle, const void* const* tensors, int dtype, int threads, int64_t* bad) {
     const Plan& plan = *reinterpret_cast<Plan*>(handle);
     const Shape& s = plan.shape;
@@ -209,10 +210,14 @@ int plan_pack(tf_plan* handle, const void* const* tensors, int dtype, int thread
         const int64_t l = (number - 2) / 4, at = FIRST + LAYER * l;
         const Layer& layer = plan.layers[l];
         switch ((number - 2) % 4) {
-            case 0: return {&layer.qkv, source(at + 2), source(at + 3), {&s, 3 * s.C}, s.C};
-            case 1: return {&layer.proj, source(at + 4), source(at + 5), {nullptr, s.C}, s.C};
-            case 2: return {&layer.fc1, source(at + 8), source(at + 9), {nullptr, s.F}, s.C};
-            default: return {&layer.fc2, source(at + 10), source(at + 11), {nullptr, s.C}, s.F};
+            case 0:
+                return {&layer.qkv, source(at + 2), source(at + 3), {&s, 3 * s.C}, s.C};
+            case 1:
+                return {&layer.proj, source(at + 4), source(at + 5), {nullptr, s.C}, s.C};
+            case 2:
+                return {&layer.fc1, source(at + 8), source(at + 9), {nullptr, s.F}, s.C};
+            default:
+                return {&layer.fc2, source(at + 10), source(at + 11), {nullptr, s.C}, s.F};
         }
     };
     int64_t found = -1;

@@ -10,12 +10,19 @@ namespace tf::TF_ISA {
 
 namespace {
 
-// Rows over threads: no barrier at all, but every thread reads all weights, which must then come from a cache.
+// Rows over threads: no barrier at all, but every thread reads all weights, which must then come from a cache; with few
+// rows a thread these reads still cost more than the barriers, unless there are not even columns for all threads.
 inline bool rows_over_threads(const Plan& plan, int64_t rows, int threads, int mode) {
     if (threads == 1) return false;
     if (mode != TF_SPLIT_AUTO) return mode == TF_SPLIT_ROWS;
-    const int64_t cached = int64_t(16) << 20, enough = 4;
-    return plan.bytes <= cached && rows >= enough * threads;
+    const int64_t cached = int64_t(16) << 20, enough = 8;
+    return plan.bytes <= cached && (rows >= enough * threads || (rows >= threads && panels(plan.shape.C) < threads));
+}
+
+// More threads than this only wait for one another: a matrix has no more columns to share.
+inline int useful_threads(const Plan& plan, int threads, bool by_rows) {
+    const int64_t most = 2 * panels(plan.shape.C);
+    return by_rows || threads <= most ? threads : int(most);
 }
 
 // f(team, thread, rows) on each of up to `threads` threads: teams of one with `units` of rows each, or one team.

@@ -5,8 +5,8 @@
 
 namespace tf::TF_ISA {
 
-constexpr int PANEL = 64;         // output columns packed together: one cache line of int8, four of fp32
-constexpr int KEYS = 16;          // keys stored together
+constexpr int PANEL = 64;          // output columns packed together: one cache line of int8, four of fp32
+constexpr int KEYS = 16;           // keys stored together
 constexpr int64_t ROW_BLOCK = 96;  // activation rows worked on at a time: with one panel they fit the L2 cache
 
 #if defined(__AVX512BF16__)
@@ -63,18 +63,18 @@ struct Arena {
 // What tf_block says, and what follows from it.
 struct Shape {
     int64_t T, D, C, L, E, F;
-    int64_t H;          // heads
-    int64_t Ep;         // head size as stored, a multiple of 16
-    int64_t out;        // columns of proj_out: 2 D, or D when volume preserving
-    int64_t Tp;         // T as stored, a multiple of KEYS
-    int64_t group;      // heads whose queries, keys and values fill whole panels together
+    int64_t H;      // heads
+    int64_t Ep;     // head size as stored, a multiple of 16
+    int64_t out;    // columns of proj_out: 2 D, or D when volume preserving
+    int64_t Tp;     // T as stored, a multiple of KEYS
+    int64_t group;  // heads whose queries, keys and values fill whole panels together
     int64_t groups;
     int64_t group_panels;
     bool scale;
     int precision;
 
     int64_t operand_bytes() const;
-    int64_t cache_bytes() const;    // of one cached number
+    int64_t cache_bytes() const;  // of one cached number
 };
 
 // False when a size is out of range.

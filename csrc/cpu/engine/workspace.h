@@ -15,16 +15,16 @@ struct Workspace {
     Shape shape;
     int64_t rows, window;  // R and W it has room for
     int threads;
-    float* h;              // [R W][stride(C)]
-    void* q;               // [R W][stride(H Ep)], floats or bf16
-    void* mixed;           // [R W][stride(C)], operands: what attention gives
-    void* hidden;          // [R W][stride(F)], operands
-    float* ab;             // [R W][stride(out)]
-    void* cache;           // [L][R][H]: keys [Tp][Ep], then values [Tp][Ep]
-    Scratch* scratch;      // [threads]
+    float* h;          // [R W][stride(C)]
+    void* q;           // [R W][stride(H Ep)], floats or bf16
+    void* mixed;       // [R W][stride(C)], operands: what attention gives
+    void* hidden;      // [R W][stride(F)], operands
+    float* ab;         // [R W][stride(out)]
+    void* cache;       // [L][R][H]: keys [Tp][Ep], then values [Tp][Ep]
+    Scratch* scratch;  // [threads]
     void* memory;
     int64_t bytes;
-    double unit_seconds;   // of the last run, a stage of a token; 0 when there was none
+    double unit_seconds;  // of the last run, a stage of a token; 0 when there was none
 };
 
 // Whether a pass of this shape, rows and window may use the workspace.
