@@ -12,6 +12,7 @@ import torch
 from tarflow_fast.ops import affine, affine_ref
 from tarflow_fast.ops.affine import DTYPES
 from tarflow_fast.ops.registry import BACKENDS, OPS
+from tarflow_fast.verify_model import verify_model
 
 __all__ = ["SUITES", "Row", "error_and_bound", "run", "verify_ops"]
 
@@ -63,7 +64,7 @@ class Worst(NamedTuple):
             return self
         ratio = (error / bound).flatten()
         at = ratio.argmax()  # a NaN counts as the largest
-        if self.bound and ratio[at] <= self.error / self.bound:
+        if self.error != self.error or (self.bound and ratio[at] <= self.error / self.bound):  # NaN stays
             return self
         return Worst(error.flatten()[at].item(), bound.flatten()[at].item())
 
@@ -110,4 +111,4 @@ def _affine_and_gradients(
 
 
 # What `run` runs, in order: each takes a device and gives rows.
-SUITES: list[Callable[[str], list[Row]]] = [verify_ops]
+SUITES: list[Callable[[str], list[Row]]] = [verify_ops, verify_model]

@@ -3,10 +3,15 @@
 pytest --device cuda    runs the tests that take `device` on the GPU
 """
 
+import os
 import zlib
 
 import pytest
 import torch
+
+# The workers of pytest-xdist share the cores: threads that wait for one another's cores wait whole time slices.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 def pytest_addoption(parser):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tarflow_fast import native
 
@@ -21,7 +22,12 @@ def run_marked(marker, **environment):
     files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if f"mark.{marker}\n" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:xdist", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
-        command, env=os.environ | environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=300
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

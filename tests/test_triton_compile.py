@@ -52,7 +52,6 @@ def fresh_cache(monkeypatch, tmp_path):
 @pytest.mark.parametrize("D, dtype", [(12, "fp32"), (48, "bf16"), (5000, "fp32"), (3, "fp16")])
 def test_affine(arch, D, dtype, tmp_path):
     import triton.language as tl
-
     from tarflow_fast.kernels.triton import affine as kernels
 
     block_t, block_d = kernels.tile(D)

@@ -1,0 +1,75 @@
+"""Does a whole flow compute what it should, on this machine? A small one against the float64 reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tarflow_fast.model import TarFlow
+from tarflow_fast.reference import ReferenceTarFlow
+
+_CONFIG = {
+    "in_channels": 3,
+    "img_size": (8, 12),
+    "patch_size": 2,
+    "channels": 128,
+    "num_blocks": 3,
+    "layers_per_block": 2,
+    "num_classes": 4,
+}
+
+
+_ROWS = 32  # enough that the largest error of plain PyTorch, which sets the bound, is no accident
+
+
+def verify_model(device: str) -> list[dict]:
+    """One row a quantity: likelihood, gradients, plain and guided inverse, and the round trip.
+
+    Error against the float64 reference at most twice that of the reference in float32, plus 2 ulp of the largest value.
+    """
+    ours, plain, exact = _flows(device)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(_ROWS, 3, 8, 12, generator=generator).to(device)
+    noise = torch.randn(_ROWS, ours.num_tokens, ours.token_size, generator=generator).to(device)
+    labels = torch.arange(_ROWS, device=device) % 5 - 1  # -1: no label
+    guided = {"guidance": 1.5, "attn_temp": 0.8, "annealed_guidance": True}
+    rows = []
+
+    def compare(name: str, got: Tensor, reference: Tensor, truth: Tensor) -> None:
+        bound = 2 * _error(reference, truth) + 2 * torch.finfo(got.dtype).eps * truth.abs().max().item()
+        error = _error(got, truth)
+        row = {"name": name, "backend": "auto", "dtype": str(got.dtype).removeprefix("torch.")}
+        rows.append(row | {"worst_error": error, "bound": bound, "ok": error <= bound})
+
+    outputs = [_forward_and_gradient(model, images, labels) for model in (ours, plain, exact)]
+    for number, name in enumerate(("forward z", "forward logdets", "gradient of the loss")):
+        compare(name, *(output[number] for output in outputs))
+    for name, arguments in (("reverse", {}), ("reverse, guided", guided)):
+        x = [m.reverse(noise.to(m.var.dtype), labels, **arguments) for m in (ours, plain, exact)]
+        compare(name, *x)
+    there = [m(m.reverse(noise.to(m.var.dtype), labels), labels)[0] for m in (ours, plain)]
+    compare("forward(reverse(z)) = z", *(z.detach() for z in there), noise.double())
+    return rows
+
+
+def _flows(device: str) -> tuple[TarFlow, ReferenceTarFlow, ReferenceTarFlow]:
+    """The same weights in ours, the reference, and the reference in float64."""
+    generator = torch.Generator().manual_seed(0)
+    ours, plain, exact = TarFlow(**_CONFIG), ReferenceTarFlow(**_CONFIG), ReferenceTarFlow(**_CONFIG)
+    with torch.no_grad():
+        for block in ours.blocks:  # zero at the start of training, where a flow does nothing
+            block.proj_out.weight.copy_(0.02 * torch.randn(block.proj_out.weight.shape, generator=generator))
+    for model in (plain, exact):
+        model.load_state_dict(ours.state_dict())
+    return ours.to(device).eval(), plain.to(device).eval(), exact.to(device).double().eval()
+
+
+def _forward_and_gradient(model: torch.nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    images = images.to(model.var.dtype).requires_grad_()
+    z, _, logdets = model(images, labels)
+    (gradient,) = torch.autograd.grad(model.get_loss(z, logdets), images)
+    return z.detach(), logdets.detach(), gradient
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    return (got.double() - truth).abs().max().item()
