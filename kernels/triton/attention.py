@@ -20,6 +20,9 @@ from tarflow_fast.kernels.triton.device import architecture, on
 
 LOG2_E = 1 / math.log(2)
 
+# lse and what is kept beside it have room for whole tiles, so that no row of them is ever masked: a multiple of this.
+PADDING: tl.constexpr = tl.constexpr(128)
+
 
 @triton.jit
 def _heaviest_first(T, heads, together, BLOCK: tl.constexpr, LAST_IS_HEAVY: tl.constexpr):
@@ -54,11 +57,16 @@ def _store(pointer, stride, value, at, T, BLOCK: tl.constexpr, E: tl.constexpr, 
 
 
 @triton.jit
-def _load_row(pointer, at, T, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    token = at + tl.arange(0, BLOCK)
-    if EVEN:
-        return tl.load(pointer + token)
-    return tl.load(pointer + token, mask=token < T, other=0.0)
+def _store_statistics(pointer, lse, delta, BLOCK: tl.constexpr):
+    """(lse, delta) of BLOCK queries side by side: as one load of 2 BLOCK numbers they cost a thread one instruction, as
+    two of BLOCK numbers, fewer than there are threads, the compiler has every thread load what its own rows need."""
+    at = tl.arange(0, BLOCK)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(pointer + at, tl.join(lse, delta))
+
+
+@triton.jit
+def _load_statistics(pointer, BLOCK: tl.constexpr):
+    return tl.split(tl.reshape(tl.load(pointer + tl.arange(0, 2 * BLOCK)), (BLOCK, 2)))
 
 
 @triton.jit
@@ -173,8 +181,8 @@ def forward_kernel(
     )
     out_ptr += ((row * T + start) * H + head_of_row) * E
     _store(out_ptr, H * E, accumulator / total[:, None], start, T, BLOCK_M, E, EVEN)
-    token = start + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + head.to(tl.int64) * T + token, largest + tl.log2(total), mask=token < T)
+    lse_ptr += head.to(tl.int64) * (tl.cdiv(T, PADDING) * PADDING) + start
+    tl.store(lse_ptr + tl.arange(0, BLOCK_M), largest + tl.log2(total))
 
 
 @triton.jit
@@ -221,7 +229,7 @@ def query_kernel(
     out_ptr,
     dout_ptr,
     lse_ptr,
-    delta_ptr,
+    statistics_ptr,
     dqkv_ptr,
     T,
     heads,
@@ -247,9 +255,9 @@ def query_kernel(
     out = _load(out_ptr + here, H * E, start, T, BLOCK_M, E, EVEN)
     dout = _load(dout_ptr + here, H * E, start, T, BLOCK_M, E, EVEN)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    token = start + tl.arange(0, BLOCK_M)
-    tl.store(delta_ptr + head.to(tl.int64) * T + token, delta, mask=token < T)
-    lse = _load_row(lse_ptr + head.to(tl.int64) * T, start, T, BLOCK_M, EVEN)
+    padded = head.to(tl.int64) * (tl.cdiv(T, PADDING) * PADDING) + start
+    lse = tl.load(lse_ptr + padded + tl.arange(0, BLOCK_M))
+    _store_statistics(statistics_ptr + 2 * padded, lse, delta, BLOCK_M)
     dq = tl.zeros((BLOCK_M, E), tl.float32)
     dq = _query_gradient(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_t, 0, start, start, T, scale, E, EVEN, BLOCK_M, BLOCK_N, False
@@ -271,8 +279,7 @@ def _key_gradient(
     v,
     q_ptr,
     dout_ptr,
-    lse_ptr,
-    delta_ptr,
+    statistics_ptr,
     stride,
     dout_stride,
     first,
@@ -289,18 +296,18 @@ def _key_gradient(
     """Everything transposed, (keys, queries), so that both sums have the keys as rows."""
     for at in range(first, last, BLOCK_N):
         q = _load(q_ptr, stride, at, T, BLOCK_N, E, EVEN)
-        lse = _load_row(lse_ptr, at, T, BLOCK_N, EVEN)
+        lse, delta = _load_statistics(statistics_ptr, BLOCK_N)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
         if DIAGONAL:
             later = (start + tl.arange(0, BLOCK_M))[:, None] > (at + tl.arange(0, BLOCK_N))[None, :]
             p = tl.where(later, 0.0, p)
         dout = _load(dout_ptr, dout_stride, at, T, BLOCK_N, E, EVEN)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        delta = _load_row(delta_ptr, at, T, BLOCK_N, EVEN)
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         q_ptr += BLOCK_N * stride
         dout_ptr += BLOCK_N * dout_stride
+        statistics_ptr += 2 * BLOCK_N
     return dk, dv
 
 
@@ -310,8 +317,7 @@ def key_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    lse_ptr,
-    delta_ptr,
+    statistics_ptr,
     dqkv_ptr,
     T,
     heads,
@@ -335,19 +341,19 @@ def key_kernel(
     v = _load(v_ptr + here, stride_t, start, T, BLOCK_M, E, EVEN)
     q_ptr += here
     dout_ptr += ((row * T + start) * H + head_of_row) * E
-    lse_ptr += head.to(tl.int64) * T
-    delta_ptr += head.to(tl.int64) * T
+    statistics_ptr += 2 * (head.to(tl.int64) * (tl.cdiv(T, PADDING) * PADDING) + start)
     dk = tl.zeros((BLOCK_M, E), tl.float32)
     dv = tl.zeros((BLOCK_M, E), tl.float32)
     past = tl.minimum(start + BLOCK_M, T)
     dk, dv = _key_gradient(
-        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_t, H * E,
+        dk, dv, k, v, q_ptr, dout_ptr, statistics_ptr, stride_t, H * E,
         start, past, start, T, scale, E, EVEN, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
     q_ptr += BLOCK_M * stride_t
     dout_ptr += BLOCK_M * (H * E)
+    statistics_ptr += 2 * BLOCK_M
     dk, dv = _key_gradient(
-        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_t, H * E,
+        dk, dv, k, v, q_ptr, dout_ptr, statistics_ptr, stride_t, H * E,
         start + BLOCK_M, T, start, T, scale, E, EVEN, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     dqkv_ptr += ((row * T + start) * (3 * H) + H + head_of_row) * E
@@ -368,12 +374,12 @@ def attention_backward(dout, query, key, value, out, lse, dqkv, temperature, til
     """Fills dqkv (B, T, 3, H, E), every element."""
     if query.numel() == 0:
         return
-    delta, logit_scale = torch.empty_like(lse), query.shape[3] ** -0.5 / temperature
+    statistics, logit_scale = lse.new_empty(*lse.shape, 2), query.shape[3] ** -0.5 / temperature
     with on(query.device):
         grid, arguments, settings = _launch("query", query, temperature, tiles)
-        query_kernel[grid](query, key, value, out, dout, lse, delta, dqkv, *arguments, logit_scale, **settings)
+        query_kernel[grid](query, key, value, out, dout, lse, statistics, dqkv, *arguments, logit_scale, **settings)
         grid, arguments, settings = _launch("key", query, temperature, tiles)
-        key_kernel[grid](query, key, value, dout, lse, delta, dqkv, *arguments, logit_scale, **settings)
+        key_kernel[grid](query, key, value, dout, statistics, dqkv, *arguments, logit_scale, **settings)
 
 
 def _launch(part, query, temperature, tiles):

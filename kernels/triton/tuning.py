@@ -31,48 +31,59 @@ class Rows(NamedTuple):
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
-# Of (head size, architecture): 16-bit storage. Tiles that keep both accumulators in registers; on sm_90 a warp group of
-# four warps owns 64 rows, the smallest wgmma.
+# Of (head size, architecture), for 16-bit storage. Both accumulators stay in registers; block_n divides block_m. On sm_90
+# a group of four warps owns 64 rows, the smallest wgmma, and the registers leave room for a second program a processor
+# (head size 128: for one), whose products run while the first is at its exponentials.
 _FORWARD = {
     (16, 80): Tiles(128, 64, 4, 3),
     (32, 80): Tiles(128, 64, 4, 3),
     (64, 80): Tiles(128, 64, 4, 3),
-    (128, 80): Tiles(128, 64, 8, 2),
+    (128, 80): Tiles(128, 32, 8, 2),
     (16, 90): Tiles(128, 64, 4, 3),
     (32, 90): Tiles(128, 64, 4, 3),
     (64, 90): Tiles(128, 64, 8, 3),
     (128, 90): Tiles(128, 64, 8, 2),
 }
-_BACKWARD_QUERY = {
+_QUERY = {
     (16, 80): Tiles(64, 64, 4, 3),
     (32, 80): Tiles(64, 64, 4, 3),
-    (64, 80): Tiles(64, 64, 4, 2),
+    (64, 80): Tiles(64, 32, 4, 2),
     (128, 80): Tiles(64, 32, 4, 2),
     (16, 90): Tiles(64, 64, 4, 3),
     (32, 90): Tiles(64, 64, 4, 3),
-    (64, 90): Tiles(128, 64, 8, 2),
+    (64, 90): Tiles(128, 64, 8, 3),
     (128, 90): Tiles(128, 64, 8, 2),
 }
-_BACKWARD_KEY = {
+_KEY = {
     (16, 80): Tiles(64, 64, 4, 3),
     (32, 80): Tiles(64, 64, 4, 3),
-    (64, 80): Tiles(64, 64, 4, 2),
+    (64, 80): Tiles(64, 32, 4, 2),
     (128, 80): Tiles(64, 32, 4, 2),
     (16, 90): Tiles(64, 64, 4, 3),
     (32, 90): Tiles(64, 64, 4, 3),
-    (64, 90): Tiles(128, 64, 8, 2),
-    (128, 90): Tiles(128, 64, 8, 2),
+    (64, 90): Tiles(64, 64, 4, 2),
+    (128, 90): Tiles(128, 32, 8, 2),
 }
-ATTENTION = {"forward": _FORWARD, "query": _BACKWARD_QUERY, "key": _BACKWARD_KEY}
+# IEEE float32 has no tensor cores: a product is a loop over registers, and tiles are small.
+_FLOAT32 = {
+    ("forward", 64): Tiles(32, 32, 4, 1),
+    ("query", 64): Tiles(32, 32, 8, 1),
+    ("key", 64): Tiles(32, 32, 8, 1),
+    ("forward", 128): Tiles(32, 16, 8, 1),
+    ("query", 128): Tiles(16, 16, 8, 1),
+    ("key", 128): Tiles(32, 16, 8, 1),
+}
+_SIXTEEN_BIT = {"forward": _FORWARD, "query": _QUERY, "key": _KEY}
 
+HEAD_SIZES = (16, 32, 64, 128)
 L2_BYTES = 32 << 20  # keys and values of the heads worked on together should stay in the 40 to 50 MB of an A100 or H100
 
 
 def attention(part, head_size, dtype, arch):
     """Tiles of the attention kernel `part`: forward, query (dq) or key (dk, dv)."""
-    if dtype == torch.float32:  # no tensor cores for IEEE float32: a dot is a loop over registers
-        return Tiles(32, 32, 4, 1)
-    return ATTENTION[part][head_size, arch]
+    if dtype == torch.float32:
+        return _FLOAT32.get((part, head_size), Tiles(32, 32, 4, 1))
+    return _SIXTEEN_BIT[part][head_size, arch]
 
 
 def attention_heads_together(T, head_size, dtype):
