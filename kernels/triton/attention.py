@@ -366,6 +366,8 @@ def attention_forward(query, key, value, out, lse, temperature, tiles=None):
     if query.numel() == 0:
         return
     grid, arguments, settings = _launch("forward", query, temperature, tiles)
+    if settings["BLOCK_M"] % PADDING.value:
+        lse.zero_()  # the last tile does not reach the end
     with on(query.device):
         forward_kernel[grid](query, key, value, out, lse, *arguments, **settings)
 
