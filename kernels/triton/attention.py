@@ -11,10 +11,8 @@ read as zeros and never written; a key past T is masked by being later than ever
 
 import math
 
-import torch
 import triton
 import triton.language as tl
-
 from tarflow_fast.kernels.triton import tuning
 from tarflow_fast.kernels.triton.device import architecture, on
 

@@ -12,6 +12,6 @@ def on(device):
 
 @functools.cache
 def architecture(device):
-    """The compute capability that tuning.py has configurations for: 80, or 90 for all newer ones and the interpreter."""
+    """The compute capability to take from tuning.py: 80, or 90 for all newer ones and under the interpreter."""
     newer = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
     return 90 if newer else 80

@@ -31,9 +31,9 @@ class Rows(NamedTuple):
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
-# Of (head size, architecture), for 16-bit storage. Both accumulators stay in registers; block_n divides block_m. On sm_90
-# a group of four warps owns 64 rows, the smallest wgmma, and the registers leave room for a second program a processor
-# (head size 128: for one), whose products run while the first is at its exponentials.
+# Of (head size, architecture), for 16-bit storage. Accumulators stay in registers; block_n divides block_m. On sm_90 a
+# group of four warps owns 64 rows, the smallest wgmma, and (up to head size 64) the registers leave room for a second
+# program on the processor, whose products run while the first is at its exponentials.
 _FORWARD = {
     (16, 80): Tiles(128, 64, 4, 3),
     (32, 80): Tiles(128, 64, 4, 3),
@@ -93,27 +93,20 @@ def attention_heads_together(T, head_size, dtype):
 
 # ---- rows and columns ------------------------------------------------------------------------------------------------
 
-AFFINE_TILE = 2048  # elements a program: 16 a thread at 4 warps, no spills on sm_80 and sm_90 in fp32
-AFFINE_WARPS = 4
-
-NORM_WIDTH = 16384  # the widest row that one program holds in registers
-
-PARTIAL_SUMS = 528  # rows of partial sums a gradient of a weight is added from: 4 programs on each of 132 processors
+NORM_WIDTH = 8192  # the widest row that one program of layer_norm holds in registers
+PROGRAMS = 528  # of kernels that add up columns: 4 on each of 132 processors; the sums do not depend on the GPU at hand
 
 
 def layer_norm(C):
-    """Whole rows of C numbers a program, about 2048 numbers at 4 warps."""
+    """Whole rows of C numbers a program, 2048 numbers at 4 warps."""
     columns = triton.next_power_of_2(C)
-    warps = min(max(columns // 512, 4), 16)
-    return Rows(max(1, 2048 // columns), columns, warps)
+    return Rows(max(1, 2048 // columns), columns, min(max(columns // 512, 4), 16))
 
 
 def bias(N):
-    """A tile of rows of N numbers: wide enough for 16-byte loads, several rows where N is small."""
+    """Tiles of rows of N numbers: wide enough for 16-byte loads, several rows where N is small."""
     columns = min(triton.next_power_of_2(N), 512)
     return Rows(2048 // columns, columns, 4)
 
 
-def column_sums(count):
-    """Rows of partial sums added at a time; 64 columns a program, so that even 768 columns fill 12 programs."""
-    return Rows(min(triton.next_power_of_2(max(count, 1)), 32), 64, 4)
+COLUMN_SUMS = Rows(32, 64, 4)  # 64 columns a program: even 768 of them keep 12 programs busy

@@ -2,8 +2,8 @@
 
     out[t] = sum_{s <= t} p[t, s] value[s],   p[t, :] = softmax_{s <= t}(query[t] . key[s] / (sqrt(E) temperature))
 
-for every batch row and head. `attention` takes query, key and value; `attention_qkv` takes them as the one tensor that a
-Linear to 3C gives, reads it in place and writes one gradient of its shape: no copies on either way.
+for every batch row and head. `attention` takes query, key and value; `attention_qkv` takes them as the one tensor that
+a Linear to 3C gives, reads it in place and writes one gradient of its shape: no copies on either way.
 """
 
 import torch
@@ -53,7 +53,7 @@ def attention(
 
 
 def attention_qkv(qkv: torch.Tensor, temperature: float = 1.0, backend: str = "auto") -> torch.Tensor:
-    """`attention` of the three parts of qkv (B, T, 3, H, E); returns (B, T, H, E), its gradient is one (B, T, 3, H, E)."""
+    """`attention` of the three parts of qkv (B, T, 3, H, E), whose gradient is one tensor; returns (B, T, H, E)."""
     if not isinstance(qkv, torch.Tensor) or qkv.ndim != 5 or qkv.shape[2] != 3:
         checks.check_tensor("attention_qkv", "qkv", qkv)
         raise ValueError(f"attention_qkv: qkv must have shape (B, T, 3, H, E), got {checks.show_shape(qkv.shape)}")
@@ -143,8 +143,8 @@ _OP = register(
 LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float temperature, str backend) -> (Tensor, Tensor)")
 LIBRARY.define("attention_qkv(Tensor qkv, float temperature, str backend) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, float temperature, "
-    "str backend) -> Tensor"
+    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "float temperature, str backend) -> Tensor"
 )
 
 
