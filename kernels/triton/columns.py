@@ -40,7 +40,7 @@ def chunks(rows, tile_rows, tiles_across):
 def sum_kernel(
     partial_ptr, first_ptr, second_ptr, count, N, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """first[n] = sum_i partial[i, 0, n]; of two PARTS, second[n] = sum_i partial[i, 1, n]. partial: (count, PARTS, N)."""
+    """first[n] = sum_i partial[i, 0, n]; of 2 PARTS, second[n] = sum_i partial[i, 1, n]. partial: (count, PARTS, N)"""
     blocks = tl.cdiv(N, COLUMNS)
     part = tl.program_id(0) // blocks
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
