@@ -187,21 +187,21 @@ def test_auto_on_a_cpu_is_the_plain_form(name):
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 X, B = torch.zeros(2, 5), torch.zeros(5)
-HALF = X.half()
+H = X.half()
 ERRORS = [
     (layer_norm, (torch.zeros(()), B, B), ValueError, "x must have shape (..., N) with N >= 1, got ()"),
     (layer_norm, (X.long(), B, B), TypeError, "x must have a floating dtype, got torch.int64"),
     (layer_norm, (X, B[1:], B), ValueError, "weight must have shape (N,) = (5,), got (4,)"),
     (layer_norm, (X, B, None), TypeError, "bias must be a torch.Tensor, got NoneType"),
     (layer_norm, (X, B.half(), B), TypeError, "weight must have dtype torch.float32, got torch.float16"),
-    (layer_norm, (HALF, B, B.half()), TypeError, "bias must have the dtype of weight, torch.float32, got torch.float16"),
+    (layer_norm, (H, B, B.half()), TypeError, "bias must have the dtype of weight, torch.float32, got torch.float16"),
     (layer_norm, (X, B, B, "0"), TypeError, "eps must be a number, got str"),
     (layer_norm, (X, B, B, -1.0), ValueError, "eps must be finite and >= 0, got -1.0"),
     (layer_norm, (X, B, B, 1e-5, torch.int8), TypeError, "dtype must be a floating dtype or None, got torch.int8"),
     (layer_norm, (X, B, B, 0.0, None, "cpu"), RuntimeError, "backend 'cpu' cannot run: layer_norm has no cpu kernel"),
     (bias_gelu, ([0.0], B), TypeError, "x must be a torch.Tensor, got list"),
     (bias_gelu, (X, X), ValueError, "bias must have shape (N,) = (5,), got (2, 5)"),
-    (bias_gelu, (HALF, B.double()), TypeError, "bias must have dtype torch.float16 or torch.float32, got torch.float64"),
+    (bias_gelu, (H, B.double()), TypeError, "bias must have dtype torch.float16 or torch.float32, got torch.float64"),
     (bias_gelu, (X, B.to("meta")), ValueError, "bias must be on the device of x, cpu, got meta"),
     (bias_gelu, (X, B, "gpu"), ValueError, "backend must be one of auto, torch, cpu, triton, cuda, got 'gpu'"),
     (bias_residual, (X, B, X[1:]), ValueError, "residual must have the shape of x, (2, 5), got (1, 5)"),
