@@ -33,7 +33,7 @@ def takes_fused_layer(layer: AttentionBlock, h: Tensor, backend: str) -> bool:
         return False
     if under_transform() or not _wanted(backend, h.device, compute_dtype(h)):
         return False
-    return not why_not_fused(layer)
+    return not why_not_fused(layer) and _dtypes_fit(layer, h)
 
 
 @torch.compiler.assume_constant_result
@@ -74,6 +74,14 @@ def why_not_fused(layer: AttentionBlock) -> str:
     return ""
 
 
+def _dtypes_fit(layer: AttentionBlock, h: Tensor) -> bool:
+    """Parameters of the dtype of what they are added to or multiplied with, or float32."""
+    attention, mlp, dtype = layer.attention, layer.mlp, compute_dtype(h)
+    norms = [t.dtype in (h.dtype, torch.float32) for t in (*attention.norm.parameters(), *mlp.norm.parameters())]
+    biases = [linear.bias.dtype in (dtype, torch.float32) for linear in (attention.proj, mlp.main[0], mlp.main[2])]
+    return all(norms) and all(biases)
+
+
 def _not_plain(module: nn.Module, kind: type[nn.Module]) -> str:
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
@@ -85,6 +93,8 @@ def _not_plain(module: nn.Module, kind: type[nn.Module]) -> str:
         for name in ("weight", "bias"):
             if type(getattr(module, name)) not in (nn.Parameter, Tensor):
                 return f"has a {name} that is a {type(getattr(module, name)).__name__}"
+    if kind is nn.LayerNorm and len(module.normalized_shape) != 1:
+        return f"has shape {tuple(module.normalized_shape)}"
     return ""
 
 
