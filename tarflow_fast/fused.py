@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarflow_fast.ops import attention_qkv, bias_gelu, bias_residual, layer_norm
-from tarflow_fast.ops.registry import OPS, under_transform
+from tarflow_fast.ops.registry import OPS, constant_when_traced, under_transform
 
 if TYPE_CHECKING:
     from tarflow_fast.block import AttentionBlock
@@ -36,7 +36,7 @@ def takes_fused_layer(layer: AttentionBlock, h: Tensor, backend: str) -> bool:
     return not why_not_fused(layer) and _dtypes_fit(layer, h)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _wanted(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     asked = (os.environ.get("TARFLOW_FAST_BACKEND") or "auto") if backend == "auto" else backend
     if asked == "auto":

@@ -56,7 +56,7 @@ def _store(pointer, stride, value, at, T, BLOCK: tl.constexpr, E: tl.constexpr, 
 
 @triton.jit
 def _store_statistics(pointer, lse, delta, BLOCK: tl.constexpr):
-    """(lse, delta) of BLOCK queries, side by side: key_kernel reads them as one load of 2 BLOCK numbers. Of two loads of
+    """(lse, delta) of BLOCK queries side by side: key_kernel reads them as one load of 2 BLOCK numbers. Of two loads of
     BLOCK, fewer than there are threads, the compiler would make many: each thread would read all that it needs."""
     at = tl.arange(0, BLOCK)[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(pointer + at, tl.join(lse, delta))

@@ -19,7 +19,17 @@ import torch
 
 from tarflow_fast import native
 
-__all__ = ["BACKENDS", "LIBRARY", "OPS", "Backend", "Op", "choose", "explain", "under_transform"]
+__all__ = [
+    "BACKENDS",
+    "LIBRARY",
+    "OPS",
+    "Backend",
+    "Op",
+    "choose",
+    "constant_when_traced",
+    "explain",
+    "under_transform",
+]
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 
@@ -119,6 +129,16 @@ def under_transform() -> bool:
     return in_functorch or torch.autograd.forward_ad._current_level >= 0
 
 
+def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile calls `function`, of constants, once while tracing and keeps the answer.
+
+    The mark that torch.compiler.assume_constant_result makes; calling that would import the compiler, and with it
+    triton, into every process. Without the mark the function is traced, which PyTorch warns of but does.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def choose(op: Op, backend: str, tensor: torch.Tensor, unable: str = "") -> str:
     """Name of the backend that runs, for ops whose plain PyTorch form is called in place of the op, not inside it.
 
@@ -131,7 +151,7 @@ def choose(op: Op, backend: str, tensor: torch.Tensor, unable: str = "") -> str:
     return _choose(op.name, backend, tensor.device, tensor.dtype, unable)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype, unable: str) -> str:
     op = OPS[name]
     entry = op.resolve(backend, device, dtype)
