@@ -66,8 +66,8 @@ def why_not_fused(layer: AttentionBlock) -> str:
             return f"{name} {reason}"
     if len(mlp.main) != 3:
         return "mlp.main is not Linear, GELU, Linear"
-    for index, kind in enumerate((nn.Linear, nn.GELU, nn.Linear)):
-        if reason := _not_plain(mlp.main[index], kind):
+    for index, (module, kind) in enumerate(zip(mlp.main, (nn.Linear, nn.GELU, nn.Linear), strict=True)):
+        if reason := _not_plain(module, kind):
             return f"mlp.main.{index} {reason}"
     if mlp.main[1].approximate != "none":
         return "mlp.main.1 is not the exact GELU"
@@ -77,22 +77,26 @@ def why_not_fused(layer: AttentionBlock) -> str:
 def _dtypes_fit(layer: AttentionBlock, h: Tensor) -> bool:
     """Parameters of the dtype of what they are added to or multiplied with, or float32."""
     attention, mlp, dtype = layer.attention, layer.mlp, compute_dtype(h)
-    norms = [t.dtype in (h.dtype, torch.float32) for t in (*attention.norm.parameters(), *mlp.norm.parameters())]
-    biases = [linear.bias.dtype in (dtype, torch.float32) for linear in (attention.proj, mlp.main[0], mlp.main[2])]
-    return all(norms) and all(biases)
+    for norm in (attention.norm, mlp.norm):
+        if norm.weight.dtype not in (h.dtype, torch.float32) or norm.bias.dtype is not norm.weight.dtype:
+            return False
+    up, _, down = mlp.main
+    return all(linear.bias.dtype in (dtype, torch.float32) for linear in (attention.proj, up, down))
 
 
 def _not_plain(module: nn.Module, kind: type[nn.Module]) -> str:
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    state = module.__dict__  # read as it is: attributes of a Module go through a search, for 12 modules a layer
+    if any(state[hooks] for hooks in HOOKS):
         return "has hooks"
-    if "forward" in module.__dict__:
+    if "forward" in state:
         return "has a forward of its own"
     if kind in (nn.Linear, nn.LayerNorm):
         for name in ("weight", "bias"):
-            if type(getattr(module, name)) not in (nn.Parameter, Tensor):
-                return f"has a {name} that is a {type(getattr(module, name)).__name__}"
+            kind_of_weight = type(state["_parameters"].get(name))
+            if kind_of_weight is not nn.Parameter and kind_of_weight is not Tensor:
+                return f"has a {name} that is a {kind_of_weight.__name__}"
     if kind is nn.LayerNorm and len(module.normalized_shape) != 1:
         return f"has shape {tuple(module.normalized_shape)}"
     return ""
