@@ -89,7 +89,9 @@ def test_one_token(dtype, backend, device):
         pytest.skip(why_not)
     qkv, dout = attention_inputs(AttentionCase(2, 1, 2, 64), dtype, device)
     out, dqkv = everything(backend, qkv, dout)
-    assert same_bits(out, qkv[:, :, 2]) and same_bits(dqkv[:, :, 2], dout)
+    # Its weight is 1, as a GPU has it 1 but for a rounding: it rounds (logit scale) - (logit scale) once, not twice.
+    rounding = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close((out, dqkv[:, :, 2]), (qkv[:, :, 2], dout), **rounding)
     # dq and dk are 0: the difference of two sums of the same 64 products, each off by at most 64 roundings of them
     query, key, value = qkv.double().unbind(2)
     off = 2 * 64 * 2**-24 * (value * dout.double()).abs().sum(-1, keepdim=True) / 64**0.5

@@ -48,6 +48,10 @@ def calls(monkeypatch):
     return count
 
 
+def images_for(model):
+    return random_images(model).to(model.var.device)
+
+
 def everything(model, x, parameters=True):
     """[z, logdets, dx, gradients of the parameters ...] of the training loss."""
     x = x.detach().requires_grad_()
@@ -67,7 +71,7 @@ def assert_within_rule(got, truth, plain):
 
 @pytest.mark.interpreter
 def test_model_is_the_reference(model, calls, device):
-    reference, plain, x = twin(model).to(device), twin(model, torch.float32).to(device), random_images(model)
+    reference, plain, x = twin(model).to(device), twin(model, torch.float32).to(device), images_for(model)
     got = everything(model, x)
     assert calls == {"attention": 2, "bias_gelu": 2, "bias_residual": 4, "layer_norm": 4}
     assert_within_rule(got, everything(reference, x.double()), everything(plain, x))
@@ -78,7 +82,7 @@ def test_model_is_the_reference(model, calls, device):
 def test_autocast(dtype, model, calls, device):
     if why_not := OPS["attention"].why_not("triton", device, dtype):
         pytest.skip(why_not)
-    plain, x = twin(model, torch.float32).to(device), random_images(model)
+    plain, x = twin(model, torch.float32).to(device), images_for(model)
     truth = everything(twin(model).to(device), x.double())
     with torch.autocast(device.type, dtype):
         got, reference = everything(model, x), everything(plain, x)
@@ -91,7 +95,7 @@ def test_autocast(dtype, model, calls, device):
 
 @pytest.mark.interpreter
 def test_frozen_weights_give_the_same_input_gradients(model, device, monkeypatch):
-    x = random_images(model)
+    x = images_for(model)
     expected = everything(model, x)[2]
     model.requires_grad_(False)
     from tarflow_fast.kernels.triton import columns
@@ -103,7 +107,7 @@ def test_frozen_weights_give_the_same_input_gradients(model, device, monkeypatch
 @pytest.mark.interpreter
 def test_compile_without_a_graph_break(model, calls):
     torch._dynamo.reset()
-    x = random_images(model)
+    x = images_for(model)
     got = everything(torch.compile(model, fullgraph=True, backend="aot_eager"), x, parameters=False)
     assert calls["attention"] >= 2
     torch.testing.assert_close(got, everything(model, x, parameters=False), rtol=1e-5, atol=1e-6)
@@ -111,11 +115,11 @@ def test_compile_without_a_graph_break(model, calls):
 
 @pytest.mark.interpreter
 def test_data_parallel(model, device, tmp_path):
-    expected = everything(model, random_images(model))[3:]
+    expected = everything(model, images_for(model))[3:]
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(model)
-        z, _, logdets = parallel(random_images(model), Y.to(device))
+        z, _, logdets = parallel(images_for(model), Y.to(device))
         model.get_loss(z, logdets).backward()
     finally:
         torch.distributed.destroy_process_group()
@@ -124,7 +128,7 @@ def test_data_parallel(model, device, tmp_path):
 
 @pytest.mark.interpreter
 def test_auto_follows_the_variable(model, calls, device, monkeypatch):
-    model.backend, x = "auto", random_images(model)
+    model.backend, x = "auto", images_for(model)
     z = model(x)[0]
     assert calls["attention"] == (0 if device.type == "cpu" else 2)
     monkeypatch.setenv("TARFLOW_FAST_BACKEND", "triton")
@@ -216,7 +220,7 @@ def test_hooks_on_every_module_are_honoured():
 @pytest.mark.interpreter
 def test_changed_layers_change_the_model(model, calls):
     """One layer with an adapter and one without: both count, each in its own way."""
-    layer, x = model.blocks[1].attn_blocks[0], random_images(model)
+    layer, x = model.blocks[1].attn_blocks[0], images_for(model)
     layer.attention.qkv = Adapter(layer.attention.qkv).to(x.device)
     z = model(x)[0]
     assert calls["attention"] == 1
