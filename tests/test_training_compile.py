@@ -94,6 +94,10 @@ def test_attention_tiles_fit_each_other():
     from tarflow_fast.kernels.triton import attention as kernels
     from tarflow_fast.kernels.triton import tuning
 
+    from tarflow_fast.ops import attention, layer_norm
+
+    assert tuning.HEAD_SIZES == importlib.import_module(attention.__module__).HEAD_SIZES
+    assert tuning.NORM_WIDTH == importlib.import_module(layer_norm.__module__).MAX_WIDTH
     for arch in SHARED_LIMIT:
         for dtype in (torch.float32, torch.bfloat16):
             for E in tuning.HEAD_SIZES:
@@ -153,6 +157,7 @@ def rows_kernels(op, stored, stream, N, full):
         ("bf16", "fp32", 3072, False),
         ("fp16", "fp16", 4096, True),
         ("fp32", "fp32", 61, True),
+        ("fp32", "fp32", 8192, True),
     ],
 )
 @pytest.mark.parametrize("op", ["layer_norm", "bias_gelu", "bias_residual"])

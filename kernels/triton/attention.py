@@ -4,9 +4,9 @@
     query_kernel     the same walk again: dq, and delta = sum_e dout out, which key_kernel needs
     key_kernel       a tile of keys against the queries from it on: dk and dv
 
-Two walks backward rather than one with atomic additions to dq: 7 products where 5 would do, but the same bits in every
-run. A walk is a loop without mask over the tiles off the diagonal, and one with mask over those on it. Rows past T are
-read as zeros and never written; a key past T is masked by being later than every query.
+Two walks backward, not one with atomic additions to dq: 7 products where 5 would do, but the same bits in every run. A
+walk is a loop without mask over the tiles off the diagonal, and one with mask over those on it. Rows past T are read as
+zeros and never written; a key past T is later than every query.
 """
 
 import math
@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from tarflow_fast.kernels.triton import tuning
 from tarflow_fast.kernels.triton.device import architecture, on
-
-LOG2_E = 1 / math.log(2)
 
 # lse and what is kept beside it have room for whole tiles, so that no row of them is ever masked: a multiple of this.
 PADDING: tl.constexpr = tl.constexpr(128)
@@ -364,8 +362,8 @@ def attention_forward(query, key, value, out, lse, temperature, tiles=None):
     if query.numel() == 0:
         return
     grid, arguments, settings = _launch("forward", query, temperature, tiles)
-    if settings["BLOCK_M"] % PADDING.value:
-        lse.zero_()  # the last tile does not reach the end
+    if settings["BLOCK_M"] < PADDING.value:
+        lse.zero_()  # the last tile may not reach the end
     with on(query.device):
         forward_kernel[grid](query, key, value, out, lse, *arguments, **settings)
 
@@ -389,7 +387,7 @@ def _launch(part, query, temperature, tiles):
         part, E, query.dtype, architecture(query.device)
     )
     together = tuning.attention_heads_together(T, E, query.dtype)
-    arguments = (T, B * H, H, together, *query.stride()[:3], E**-0.5 / temperature * LOG2_E)
+    arguments = (T, B * H, H, together, *query.stride()[:3], E**-0.5 / temperature * math.log2(math.e))
     settings = {
         "E": E,
         "EVEN": T % block_m == 0 and T % block_n == 0,
