@@ -67,7 +67,8 @@ def test_attention_in_float32(part, E, tmp_path):
 
 def check_attention(compiled, arch, folder):
     used = resources(compiled, folder)
-    assert used["LOCAL"] == 0 and used["STACK"] == 0 and compiled.metadata.shared <= SHARED_LIMIT[arch], used
+    limit = SHARED_LIMIT[90] if arch == 90 else 99 * 1024  # what desktop GPUs have, which take the tiles of 80 too
+    assert used["LOCAL"] == 0 and used["STACK"] == 0 and compiled.metadata.shared <= limit, used
     ptx = compiled.asm["ptx"]
     loads = widths(compiled) + [int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)]
     # All but the few loads and the one store of rows of statistics, which have fewer numbers than there are threads.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-ARCHITECTURES = (80, 90)  # what the tests compile for; anything newer takes the configurations of 90
+ARCHITECTURES = (80, 90)  # what there are configurations for; device.architecture says which one a GPU takes
 
 
 class Tiles(NamedTuple):
