@@ -12,7 +12,7 @@ def on(device):
 
 @functools.cache
 def architecture(device):
-    """The compute capability to take from tuning.py: 90 for data-centre GPUs since Hopper, and under the interpreter; 80
+    """The compute capability to take from tuning.py: 90 for data-centre GPUs since Hopper and for the interpreter; 80
     for all others, newer desktop GPUs included, whose shared memory (99 KiB) is too small for the tiles of 90."""
     large = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
     return 90 if large else 80

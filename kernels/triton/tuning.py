@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-ARCHITECTURES = (80, 90)  # what there are configurations for; device.architecture says which one a GPU takes
-
 
 class Tiles(NamedTuple):
     """A program owns block_m tokens and walks over the others block_n at a time."""
