@@ -45,7 +45,7 @@ CALLS = [
         ValueError,
         "TarFlow: backend must be one of auto, torch, cpu, triton, cuda, got 'gpu'",
     ),
-    (lambda: asked_for("triton"), RuntimeError, "affine: backend 'triton' cannot run: " + WITHOUT_GPU),
+    (lambda: asked_for("triton"), RuntimeError, "layer_norm: backend 'triton' cannot run: " + WITHOUT_GPU),
     (lambda: asked_for("cuda"), RuntimeError, "affine: backend 'cuda' cannot run: affine has no cuda kernel"),
     # images
     (lambda: MODEL([1.0]), TypeError, "forward: x must be a torch.Tensor, got list"),
