@@ -3,8 +3,8 @@
     (a, b) = halves of proj_out(h);   a += ga[p] (a - a_u), b += gb[p] (b - b_u) under guidance
     x[next] = z[next] exp(a) + b,   sums[., p] = sum_d a,   next = the token after position p
 
-Rows B .. 2B-1 of a guided pass are the unguided ones. x and z (B, T, D) are fp32, tokens in their own order. The sums of
-a are kept by position, so that a pass over a window may be repeated and log_det still counts each token once.
+Rows B .. 2B-1 of a guided pass are the unguided ones. x and z (B, T, D) are fp32, tokens in their own order. The sums
+of a are kept by position, so that a pass over a window may be repeated and log_det still counts each token once.
 """
 
 import triton
@@ -62,7 +62,7 @@ def tail_kernel(
     k = tl.arange(0, BLOCK_K)
     owned, active_row = (d < D)[:, None], active[None, :]
     h_at = h_ptr + m.to(tl.int64)[None, :] * C + k[:, None]
-    unguided_at = h_at + B.to(tl.int64) * W * C
+    unguided_at = h_at + tl.full((1, 1), C, tl.int64) * B * W
     inside = owned & active_row
 
     at = weight_ptr + d[:, None] * C + k[None, :] + (D * C if SCALE else 0)
@@ -85,7 +85,7 @@ def tail_kernel(
             a += tl.where(g == 0.0, 0.0, g * (a - a_u))
         y = y * tl.exp(a)
         total = tl.sum(tl.where(inside, a, 0.0), axis=0)
-        tl.store(sums_ptr + (tl.program_id(0) * B.to(tl.int64) + row) * T + position, total, mask=active)
+        tl.store(sums_ptr + (row + tl.program_id(0).to(tl.int64) * B) * T + position, total, mask=active)
     tl.store(x_ptr + token, y + b, mask=inside)
 
 
@@ -96,7 +96,7 @@ def affine_inverse(h, weight, bias, z, x, sums, starts, flip, guidance, W, guide
     `tuning_step.tail_tiles`, starts (2, R), flip (1,) int32, guidance (2, T) fp32: ga, gb.
     """
     (B, T, D), C = x.shape, h.shape[1]
-    config = tuning_step.tail(B * W, C, D, weight.dtype)
+    config = tuning_step.tail(C, weight.dtype)
     with on_device(x.device):
         tail_kernel[(cdiv(D, config["BLOCK_D"]), cdiv(B * W, config["BLOCK_M"]))](
             h, weight, bias, z, x, sums, starts, flip, guidance, W, starts.shape[1], B, T,

@@ -3,8 +3,8 @@
     out[m, h] = softmax(q[m, h] . K[row, h, :p+1] * scale[row]) V[row, h, :p+1],   p = start[row] + w
 
 A program owns one row, head and tile of queries, and one of SPLITS parts of the keys so far; the grid is that of the
-longest cache, programs without keys leave at once. Each part leaves its maximum, its sum and its weighted values, and the
-last one to arrive adds the parts up in order.
+longest cache, programs without keys leave at once. Each part leaves its maximum, its sum and its weighted values, and
+the last one to arrive adds the parts up in order.
 
 One query: every lane of keys keeps a maximum and a sum of its own, so nothing crosses threads inside the loop and
 arithmetic is fp32. Several: matrix products.
@@ -67,7 +67,7 @@ def attention_kernel(
     pair = (row.to(tl.int64) * W + w) * H + head  # of a query and a head
     q = tl.load(q_ptr + pair[None, :] * E + e[:, None], mask=real[None, :], other=0.0)
     keys = cache_ptr + (row.to(tl.int64) * H + head) * T * E
-    values = keys + R.to(tl.int64) * H * T * E
+    values = keys + tl.full((1, 1), H, tl.int64) * R * T * E
     if ONE:
         query = tl.sum(q.to(tl.float32), axis=1)[None, :] * scale
         lane_peak = tl.full((BLOCK_T,), float("-inf"), tl.float32)
@@ -108,7 +108,7 @@ def attention_kernel(
             peak = higher
 
     if SPLITS > 1:
-        size = M.to(tl.int64) * H
+        size = tl.full((1,), H, tl.int64) * M
         tl.store(sums_ptr + (split * size + pair) * 2, peak, mask=real)
         tl.store(sums_ptr + (split * size + pair) * 2 + 1, mass, mask=real)
         tl.store(partial_ptr + (split * size + pair)[None, :] * E + e[:, None], out, mask=real[None, :])
@@ -120,17 +120,17 @@ def attention_kernel(
         out = tl.zeros((E, BLOCK_W), tl.float32)
         for part in range(0, parts):
             # From the L2: other programs wrote them during this launch.
-            at = part * size + pair
-            its_peak = tl.load(sums_ptr + at * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
-            its_mass = tl.load(sums_ptr + at * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
+            place = part * size + pair
+            its_peak = tl.load(sums_ptr + place * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
+            its_mass = tl.load(sums_ptr + place * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
             its_out = tl.load(
-                partial_ptr + at[None, :] * E + e[:, None], mask=real[None, :], other=0.0, cache_modifier=".cg"
+                partial_ptr + place[None, :] * E + e[:, None], mask=real[None, :], other=0.0, cache_modifier=".cg"
             )
-            higher = tl.maximum(peak, its_peak)
-            keep, weight = _exp2(peak, higher), _exp2(its_peak, higher)
-            mass = mass * keep + its_mass * weight
-            out = out * keep[None, :] + its_out * weight[None, :]
-            peak = higher
+            both = tl.maximum(peak, its_peak)
+            ours, its = _exp2(peak, both), _exp2(its_peak, both)
+            mass = mass * ours + its_mass * its
+            out = out * ours[None, :] + its_out * its[None, :]
+            peak = both
     out = out / tl.where(real, mass, 1.0)[None, :]
     tl.store(out_ptr + pair[None, :] * E + e[:, None], out.to(out_ptr.dtype.element_ty), mask=real[None, :])
 

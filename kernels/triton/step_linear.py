@@ -81,14 +81,14 @@ def linear_kernel(
     inside = (n < N)[:, None] & real
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLITS > 1:
-        size = M.to(tl.int64) * N
-        tl.store(partial_ptr + split * size + at, acc, mask=inside)
+        tl.store(partial_ptr + split.to(tl.int64) * M * N + at, acc, mask=inside)
         if not last_to_arrive(counter_ptr + tile, SPLITS):
             return
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for s in tl.static_range(SPLITS):
             # From the L2: another program wrote it during this launch.
-            acc += tl.load(partial_ptr + s * size + at, mask=inside, other=0.0, cache_modifier=".cg")
+            its = tl.full((1, 1), s * N, tl.int64) * M + at
+            acc += tl.load(partial_ptr + its, mask=inside, other=0.0, cache_modifier=".cg")
     y = acc + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
 
     if EPILOGUE == "residual":
@@ -102,7 +102,7 @@ def linear_kernel(
         y = y.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + m.to(tl.int64)[None, :] * C + n[:, None], y, mask=inside & (n < C)[:, None])
         # The n-th output is key (n in C .. 2C) or value n; head and element are those of n mod C.
-        heads = (n // C - 1) * R.to(tl.int64) * (C // E) + n % C // E
+        heads = (n // C - 1).to(tl.int64) * R * (C // E) + n % C // E
         keys = heads[:, None] + row[None, :] * (C // E)
         at = (keys * T + position[None, :]) * E + (n % E)[:, None]
         tl.store(cache_ptr + at, y, mask=inside & active[None, :] & (n >= C)[:, None])

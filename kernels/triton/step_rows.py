@@ -2,8 +2,8 @@
 
 A step runs W queries of each of R rows: query m = r W + w of row r stands at position start[r] + w of net order. The
 positions live in device memory, `starts` (2, R) int32, so that one captured graph serves every token: starts[1] is
-written by the end of a step, and its first kernel copies it to starts[0], which all others read. No kernel reads what it
-writes itself, hence no race, and no kernel of its own to count.
+written by the end of a step, and its first kernel copies it to starts[0], which all others read. No kernel reads what
+it writes itself, hence no race, and no kernel of its own to count.
 """
 
 import torch

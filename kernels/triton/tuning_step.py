@@ -1,5 +1,5 @@
-"""Launch configurations of the sampling step's kernels, chosen by shape alone: no measuring, at import or later, so that
-the same call gives the same bits. M = R W queries.
+"""Launch configurations of the sampling step's kernels, chosen by shape alone: no measuring, at import or later, so
+that the same call gives the same bits. M = R W queries.
 
 Few queries: the time is that of reading weights and cache, so tiles are narrow until there are programs enough to keep
 every memory channel busy. Many: the weights' side of a tile is 64, which is a wgmma on sm_90.
@@ -10,7 +10,8 @@ import triton
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200; an A100 has 108
 FUSED_NORM = 32  # up to so many queries LayerNorm is cheaper inside every program of the next layer than as a kernel
-MAX_SPLITS = 8
+FUSED_NORM_FP32 = 16  # past this, registers spill
+MAX_SPLITS = {"linear": 8, "attention": 16}  # the last program of a tile adds so many parts up
 
 
 def _divisor(size, limit):
@@ -24,15 +25,15 @@ def _queries(M):
 
 def linear(M, N, K, dtype, norm):
     """Tiles of a linear layer, and whether it normalizes its input itself."""
-    few = M <= 16
-    block_m = _queries(M)
-    block_n = min(16 if few else 64, triton.next_power_of_2(N))
+    few, wide = M <= 16, dtype == torch.float32
     # fp32 has no tensor core path of full precision: its operands sit in registers, so its tiles are smaller
-    block_k = _divisor(K, 64 if dtype == torch.float32 or not few else 256)
+    block_n = min(16 if few else 32 if wide else 64, triton.next_power_of_2(N))
+    block_m = min(_queries(M), 32 if wide else 64)
+    block_k = _divisor(K, (64 if few else 32) if wide else (256 if few else 64))
     programs = triton.cdiv(N, block_n) * triton.cdiv(M, block_m)
-    splits = max(1, min(MAX_SPLITS, PROGRAMS // programs, K // block_k))
+    splits = min(MAX_SPLITS["linear"], triton.cdiv(PROGRAMS, programs), K // block_k)
     return {
-        "NORM": norm and M <= FUSED_NORM,
+        "NORM": norm and fuses_norm(M, dtype),
         "SPLITS": splits,
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
@@ -40,6 +41,10 @@ def linear(M, N, K, dtype, norm):
         "num_warps": 4,
         "num_stages": 3,
     }
+
+
+def fuses_norm(M, dtype):
+    return M <= (FUSED_NORM_FP32 if dtype == torch.float32 else FUSED_NORM)
 
 
 def normalize(C):
@@ -56,7 +61,7 @@ def attention(R, H, T, W, dtype):
     block_w = 1 if W == 1 else min(max(triton.next_power_of_2(W), 16), 64)
     block_t = 64
     programs = R * H * triton.cdiv(W, block_w)
-    splits = max(1, min(MAX_SPLITS, PROGRAMS // programs, triton.cdiv(T, block_t)))
+    splits = min(MAX_SPLITS["attention"], triton.cdiv(PROGRAMS, programs), triton.cdiv(T, block_t))
     return {
         "ONE": W == 1,
         "SPLITS": splits,
@@ -67,19 +72,19 @@ def attention(R, H, T, W, dtype):
     }
 
 
-def tail(rows, C, D, dtype):
+def tail(C, dtype):
     return {
-        "BLOCK_D": min(max(triton.next_power_of_2(D), 16), 16 if rows <= 16 else 64),
-        "BLOCK_M": min(_queries(rows), 32),
-        "BLOCK_K": _divisor(C, 64 if dtype == torch.float32 or rows > 16 else 128),
+        "BLOCK_D": 16,  # small tiles: D is 12 to 192, and nothing else runs meanwhile
+        "BLOCK_M": 16,
+        "BLOCK_K": _divisor(C, 64 if dtype == torch.float32 else 128),
         "num_warps": 4,
         "num_stages": 3,
     }
 
 
-def tail_tiles(rows, C, D, dtype):
+def tail_tiles(C, D, dtype):
     """How many programs share the sum over D of one token."""
-    return triton.cdiv(D, tail(rows, C, D, dtype)["BLOCK_D"])
+    return triton.cdiv(D, tail(C, dtype)["BLOCK_D"])
 
 
 def scratch(R, W, C, hidden, H, T, E, dtype):
@@ -98,7 +103,7 @@ def scratch(R, W, C, hidden, H, T, E, dtype):
         partials = max(partials, config["SPLITS"] * M * H * E)
         sums = config["SPLITS"] * M * H * 2
         tiles = max(tiles, R * H * triton.cdiv(W, config["BLOCK_W"]))
-    normalized = M * C if M > FUSED_NORM else 1
+    normalized = 1 if fuses_norm(M, dtype) else M * C
     return {
         "partials": (max(partials, 1), "fp32"),
         "sums": (max(sums, 1), "fp32"),

@@ -22,7 +22,12 @@ def why_not_fused(block: MetaBlock) -> str:
     """Why a block cannot be inverted by fused kernels; "" when it can."""
     from tarflow_fast.block import MLP, Attention, AttentionBlock, MetaBlock
 
-    expected: dict[str, type] = {"": MetaBlock, "proj_in": nn.Linear, "proj_out": nn.Linear, "attn_blocks": nn.ModuleList}
+    expected: dict[str, type] = {
+        "": MetaBlock,
+        "proj_in": nn.Linear,
+        "proj_out": nn.Linear,
+        "attn_blocks": nn.ModuleList,
+    }
     for number in range(len(block.attn_blocks)):
         layer = f"attn_blocks.{number}"
         expected |= {

@@ -7,14 +7,16 @@ temperatures. So one graph serves all, and the host never waits for the device i
 
     embed, L x (LN+qkv+append, attention, proj+residual, LN+fc1+GELU, fc2+residual), proj_out+guidance+affine
 
-The residual stream, x, softmax, exp and log_det are float32; weights, cache and the operands of products have the storage
-type. With a window W > 1 a pass computes W tokens at once; W passes solve them exactly, since token k of a window is
-final after k passes.
+The residual stream, x, softmax, exp and log_det are float32; weights, cache and the operands of products have the
+storage type. With a window W > 1 a pass computes W tokens at once; W passes solve them exactly, since token k of a
+window is final after k passes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -29,7 +31,7 @@ from tarflow_fast.ops.registry import triton_missing, triton_refuses
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
 
-__all__ = ["GraphWorkspace", "invert_graph", "storage_dtype", "why_not_graph"]
+__all__ = ["GraphWorkspace", "choose_graph", "invert_graph", "prepare_graph", "storage_dtype", "why_not_graph"]
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,7 +85,7 @@ class GraphWorkspace:
         self.cache = empty(L, 2, R, H, T, E, dtype=dtype)
         self.starts, self.flip = empty(2, R, dtype=torch.int32), empty(1, dtype=torch.int32)
         self.guidance, self.scale, self.classes = empty(2, T), empty(R), empty(R, C)
-        self.sums = empty(tuning_step.tail_tiles(B * self.W, C, D, dtype), B, T)
+        self.sums = empty(tuning_step.tail_tiles(C, D, dtype), B, T)
         kinds = {"fp32": torch.float32, "int32": torch.int32, "storage": dtype}
         self.scratch = {
             name: empty(size, dtype=kinds[kind])
@@ -198,6 +200,52 @@ class GraphWorkspace:
                     on_token()
 
 
+def choose_graph(block: MetaBlock, z: Tensor, backend: str) -> bool:
+    """Whether this path inverts `block` at z: where "triton" is asked for, and for GPU tensors under "auto".
+
+    Raises:
+        RuntimeError: "triton" was asked for by name, and `why_not_graph` says why not.
+    """
+    asked = backend if backend != "auto" else os.environ.get("TARFLOW_FAST_BACKEND") or "auto"
+    if asked != "triton" and not (asked == "auto" and z.is_cuda):
+        return False
+    why_not = why_not_graph(block, z)
+    if why_not and asked == "triton":
+        raise RuntimeError(f"block_inverse: backend 'triton' cannot run: {why_not}")
+    if why_not:
+        _warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {why_not}")
+    return not why_not
+
+
+def prepare_graph(
+    block: MetaBlock, z: Tensor, guidance: Guidance, workspace: GraphWorkspace | None = None, backend: str = "triton"
+) -> GraphWorkspace | None:
+    """A workspace for this call: the one given if it fits, else a new one, its graph captured.
+
+    None if the kernels cannot be compiled or launched here and the backend is "auto"; by name, that raises.
+    """
+    dtype = storage_dtype(z)
+    key = GraphWorkspace.describe(block, z.size(0), guidance.active, dtype, z.device)
+    if workspace is not None and workspace.key == key:
+        return workspace
+    try:
+        workspace = GraphWorkspace(block, z.size(0), guidance.active, dtype)
+        if min(z.shape[:2]) > 0 and z.size(1) > 1:
+            with torch.autocast(z.device.type, enabled=False), torch.no_grad():
+                workspace.prepare()
+    except Exception as error:  # Triton's compiler and the driver raise what they like
+        if backend != "auto" or os.environ.get("TARFLOW_FAST_BACKEND") == "triton":
+            raise
+        _warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
+        return None
+    return workspace
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
 @torch.no_grad()
 def invert_graph(
     block: MetaBlock,
@@ -209,8 +257,8 @@ def invert_graph(
 ) -> tuple[Tensor, Tensor]:
     """z (B, T, D) -> x (B, T, D) in z's dtype, and the inverse's log_det (B,), the sum of a, float32.
 
-    The contract of `invert_sequential`, on tensors `why_not_graph` has no objection to. A workspace given must be of the
-    block's shape (`GraphWorkspace.describe`). On a GPU the result is enqueued, not waited for.
+    The contract of `invert_sequential`, on tensors `why_not_graph` has no objection to. A workspace given must be of
+    the block's shape (`GraphWorkspace.describe`). On a GPU the result is enqueued, not waited for.
 
     Raises:
         ValueError: the workspace belongs to another shape, batch, dtype or device.
@@ -220,14 +268,11 @@ def invert_graph(
     if B == 0 or T == 1:
         return z.clone(), torch.zeros(B, dtype=torch.float32, device=z.device)
     if workspace is None:
-        workspace = GraphWorkspace(block, B, guidance.active, dtype)
+        workspace = prepare_graph(block, z, guidance)
     elif workspace.key != GraphWorkspace.describe(block, B, guidance.active, dtype, z.device):
-        raise ValueError("invert_graph: workspace must be one of this block's shape, batch, dtype and device, got another")
+        raise ValueError("invert_graph: workspace must be one of this block's shapes, batch, dtype and device")
     with torch.autocast(z.device.type, enabled=False):
-        workspace.prepare()
         workspace.load(block, z, y, guidance)
         workspace.run(on_token)
     # float64: a sum of T D terms whose parts are float32
     return workspace.x.to(z.dtype, copy=True), workspace.sums.sum(dim=(0, 2), dtype=torch.float64).float()
-
-

@@ -3,8 +3,13 @@ or concurrent call leaves nothing behind."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tarflow_fast.inverse.graph import GraphWorkspace
 
 
 class KVCache:
@@ -17,6 +22,7 @@ class KVCache:
     def __init__(self, num_layers: int, num_tokens: int, growing: bool = False) -> None:
         self.num_layers, self.num_tokens, self.growing = num_layers, num_tokens, growing
         self.storage: Tensor | None = None
+        self.graph: GraphWorkspace | None = None  # what the GPU path keeps between the blocks of a call
         self.restart()
 
     def restart(self) -> None:
