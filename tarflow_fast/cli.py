@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import arg, subcommand
@@ -67,8 +67,8 @@ class Sample:
     """Temperature of the attention in the unguided pass."""
     annealed_guidance: bool = False
     """Guidance grows along the tokens."""
-    denoise: bool | None = None
-    """Takes off the noise the flow was trained with. Left out: where that noise is known."""
+    denoise: bool = True
+    """Takes off the noise the flow was trained with, where that noise is known."""
     noise_std: float | None = None
     """That noise's standard deviation; left out: from the flow's train.json."""
     seed: int = 0
@@ -108,8 +108,6 @@ class Sample:
         )  # fmt: skip
         model.backend = self.backend
         noise_std = training_noise(record) if self.noise_std is None else self.noise_std
-        if self.denoise and noise_std is None:
-            raise ValueError(f"sample: noise_std must be given to denoise, {self.model} does not record its own")
         y, rows = None, None
         if self.labels or model.num_classes:
             labels = torch.tensor(self.labels or range(model.num_classes))
@@ -120,12 +118,13 @@ class Sample:
             annealed_guidance=self.annealed_guidance, seed=self.seed, batch_size=self.batch_size,
             progress=sys.stderr.isatty(),
         )  # fmt: skip
-        if noise_std and self.denoise is not False:
+        if noise_std and self.denoise:
             x = model.denoise(x, y, noise_std=noise_std, batch_size=self.batch_size)
         nrow = self.nrow or (rows if rows and rows <= 32 else math.ceil(math.sqrt(self.n)))
         scale = self.scale or max(1, math.ceil(40 / x.shape[-1]))
         save_grid(x, self.out, nrow=nrow, scale=scale)
-        print(f"{self.out}: {self.n} images {x.shape[-2]}x{x.shape[-1]}, {nrow} in a row")
+        done = f"denoised (sigma {noise_std:g})" if noise_std and self.denoise else "not denoised"
+        print(f"{self.out}: {self.n} images {x.shape[-2]}x{x.shape[-1]}, {nrow} in a row, {done}")
         if self.save is not None:
             _save_numbers(x, self.save)
             print(f"{self.save}: {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}")
@@ -207,10 +206,8 @@ class Verify:
         return 0 if ok else 1
 
 
-def _table(rows: list) -> str:
-    """Rows as text: a list of dicts becomes a markdown table with their keys on top, anything else a line each."""
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        return "\n".join(" | ".join(map(str, row)) if isinstance(row, (tuple, list)) else str(row) for row in rows)
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Rows of the same keys as a markdown table."""
     names = list(rows[0])
     cells = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *cells])

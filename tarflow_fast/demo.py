@@ -108,9 +108,9 @@ def demo(
     clean = model.denoise(raw, y, noise_std=noise_std)
     denoise_seconds = time.perf_counter() - start
     pictures = [
-        (f"noise, seed {seed}", make_grid(model.unpatchify(noise), SAMPLES_A_CLASS, (-3, 3), scale=5)),
-        (f"the flow's inverse, guidance {guidance:g}", make_grid(raw, SAMPLES_A_CLASS, scale=5)),
-        (f"denoised, sigma {noise_std:g}", make_grid(clean, SAMPLES_A_CLASS, scale=5)),
+        (f"noise, seed {seed}", make_grid(model.unpatchify(noise), SAMPLES_A_CLASS, (-3, 3), scale=6)),
+        (f"the flow's inverse, guidance {guidance:g}", make_grid(raw, SAMPLES_A_CLASS, scale=6)),
+        (f"denoised, sigma {noise_std:g}", make_grid(clean, SAMPLES_A_CLASS, scale=6)),
     ]
     save_image(side_by_side(pictures), out / "samples.png")
     rows = [

@@ -24,7 +24,7 @@ import torch
 from tarflow_fast.checkpoint import write_atomic
 from tarflow_fast.parallel import workers
 from tarflow_fast.train_config import TrainConfig
-from tarflow_fast.trainer import Trainer
+from tarflow_fast.trainer import CHECKPOINT, Trainer
 
 log = logging.getLogger("tarflow_fast")
 
@@ -52,6 +52,9 @@ def train(config: TrainConfig) -> Run:
         torch.manual_seed(config.seed)
         trainer = Trainer(config, me)
         trainer.resume()
+        if me.main and not config.dry_run:
+            for leftover in config.out.glob(f".{CHECKPOINT}.*"):  # of a process killed while it wrote
+                leftover.unlink()
         caught = contexts.enter_context(stop_signals())
         _loop(trainer, caught)
         return Run(config.out / "model", trainer.steps_done, trainer.total)
@@ -141,7 +144,7 @@ class Report:
             kept = "".join(f"{text}\n" for text in _lines_until(self.path, first))
             write_atomic(self.path, lambda temporary: temporary.write_text(kept))
         self.bar: Any = None
-        if self.main and (sys.stderr.isatty() if config.progress is None else config.progress):
+        if self.main and config.progress and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=last, initial=first, unit="it", desc="train", dynamic_ncols=True)

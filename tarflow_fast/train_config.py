@@ -120,8 +120,8 @@ class TrainConfig:
     """Guidance of those samples, where the data has classes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    progress: bool | None = None
-    """Progress bar; left out: only on a terminal."""
+    progress: bool = True
+    """A progress bar, where there is a terminal; log lines otherwise."""
     dry_run: bool = False
     """Reads the data, takes one step, samples, and writes nothing."""
 

@@ -71,8 +71,7 @@ class Trainer:
         )
         self.net: nn.Module = self.model
         if me.world > 1:
-            # no buffers to broadcast: the prior is averaged below, and masks are not held
-            self.net = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.net = nn.parallel.DistributedDataParallel(self.model)
         self.steps_done = 0
 
     def read(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -300,6 +300,11 @@ ERRORS = [
     ((X, AB, 1), TypeError, "affine: flip must be a bool, got int"),
     ((X, AB.to("meta")), ValueError, "affine: ab must be on the device of x, cpu, got meta"),
     ((X, AB, False, "gpu"), ValueError, "affine: backend must be one of auto, torch, cpu, triton, cuda, got 'gpu'"),
+    (
+        (X, AB, False, "triton"),
+        RuntimeError,
+        "affine: backend 'triton' cannot run: it needs GPU tensors, or TRITON_INTERPRET=1 for CPU tensors, got cpu",
+    ),
     ((X, AB, False, "cuda"), RuntimeError, "affine: backend 'cuda' cannot run: affine has no cuda kernel"),
 ]
 
@@ -309,3 +314,12 @@ def test_errors(arguments, kind, message):
     with pytest.raises(kind) as caught:
         affine(*arguments)
     assert str(caught.value) == message
+
+
+def test_backward_checks_its_gradients():
+    with pytest.raises(ValueError) as caught:
+        torch.ops.tarflow_fast.affine_backward(X[:1], torch.zeros(2), X, AB, False, "cpu")
+    assert str(caught.value) == (
+        "affine_backward: dz must have the shape, dtype and device of x, (2, 5, 3), torch.float32, cpu, "
+        "got (1, 5, 3), torch.float32, cpu"
+    )

@@ -17,6 +17,15 @@ PLAIN = random_flow()
 X, Z, Y = random_images(MODEL), random_noise(MODEL), torch.tensor([0, 1])
 PIXELS = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
 
+WITHOUT_GPU = "it needs GPU tensors, or TRITON_INTERPRET=1 for CPU tensors, got cpu"
+
+
+def asked_for(backend):
+    flow = random_flow()
+    flow.backend = backend
+    return flow(X)
+
+
 CALLS = [
     # constructor
     (lambda: TarFlow(1, 8, 2, 65, 1, 1), ValueError, "TarFlow: channels must be a multiple of 64, got 65"),
@@ -36,6 +45,8 @@ CALLS = [
         ValueError,
         "TarFlow: backend must be one of auto, torch, cpu, triton, cuda, got 'gpu'",
     ),
+    (lambda: asked_for("triton"), RuntimeError, "affine: backend 'triton' cannot run: " + WITHOUT_GPU),
+    (lambda: asked_for("cuda"), RuntimeError, "affine: backend 'cuda' cannot run: affine has no cuda kernel"),
     # images
     (lambda: MODEL([1.0]), TypeError, "forward: x must be a torch.Tensor, got list"),
     (lambda: MODEL(X[0]), ValueError, "forward: x must have shape (B, 1, 8, 8), got (1, 8, 8)"),

@@ -1,7 +1,7 @@
 """Triton kernels of the affine step; formulas in tarflow_fast/ops/affine.py.
 
 A program owns a tile of BLOCK_T tokens (net order) times BLOCK_D of their elements, all from one row. Tiles depend on T
-and D alone and no two programs write one address, so the bits do not depend on the batch, and no run differs from another.
+and D alone and no two programs write one address: the bits depend neither on the batch nor on the run.
 """
 
 import torch
@@ -113,7 +113,7 @@ def backward_kernel(
 
 def affine_forward(x, ab, z, log_det, flip):
     """Fills z and log_det. All contiguous and on one device, shapes and dtypes as in the op."""
-    B, T, D = x.shape
+    B, T = x.shape[:2]
     programs, settings = _launch(x, ab, flip)
     if not settings["SCALE"]:
         log_det.zero_()

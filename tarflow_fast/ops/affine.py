@@ -178,6 +178,8 @@ def _affine_backward(
     dz: torch.Tensor, dlog_det: torch.Tensor, x: torch.Tensor, ab: torch.Tensor, flip: bool, backend: str
 ) -> Pair:
     _check(x, ab, flip)
+    checks.check_like("affine_backward", "dz", dz, "x", x)
+    checks.check_like("affine_backward", "dlog_det", dlog_det, "log_det", _empty(x, ab)[1])
     return _OP.resolve(backend, x.device, x.dtype).backward(dz, dlog_det, x, ab, flip)
 
 

@@ -31,6 +31,16 @@ def check_dtypes(op: str, names: str, dtypes: DtypePair, allowed: Sequence[Dtype
         raise TypeError(f"{op}: {names} must have dtypes {pairs}, got {show_dtypes(dtypes)}")
 
 
+def check_like(op: str, name: str, value: torch.Tensor, reference_name: str, reference: torch.Tensor) -> None:
+    """ValueError unless shape, dtype and device are those of the reference, as a gradient has those of its tensor."""
+    expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (reference, value))
+    if got != expected:
+        raise ValueError(
+            f"{op}: {name} must have the shape, dtype and device of {reference_name}, "
+            f"{expected[0]}, {expected[1]}, {expected[2]}, got {got[0]}, {got[1]}, {got[2]}"
+        )
+
+
 def check_bool(op: str, name: str, value: Any) -> None:
     """TypeError unless `value` is True or False."""
     if not isinstance(value, bool):

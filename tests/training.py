@@ -1,0 +1,50 @@
+"""Small training runs, and folders of pictures, for the tests of data, training, command line and demo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import tarflow_fast
+from tarflow_fast.train_config import TrainConfig
+
+ROOT = Path(tarflow_fast.__file__).parents[1]
+TINY = dict(
+    patch_size=4, channels=64, num_blocks=2, layers_per_block=1, batch_size=32, epochs=1.0, log_every=1,
+    checkpoint_every=0, sample_every=0, device="cpu",
+)  # fmt: skip
+
+
+def tiny(out, **changes) -> TrainConfig:
+    """Digits, 4 tokens of 16 numbers, two blocks of one layer: a step takes milliseconds. 57 steps an epoch."""
+    return TrainConfig(out=Path(out), **{**TINY, **changes})
+
+
+def tiny_flags(out, **changes) -> list[str]:
+    """The command line of `tiny`."""
+    values = {**TINY, "out": out, **changes}
+    return ["train", *(part for name, value in values.items() for part in (f"--{name}", str(value)))]
+
+
+def command(*args, **env):
+    """(arguments, keyword arguments) of subprocess for `python -m ...`, on one thread, installed or not."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
+    return [sys.executable, "-m", *map(str, args)], {"env": env, "text": True, "stdout": subprocess.PIPE, "stderr": -2}
+
+
+def metrics(out, *names):
+    """The values of metrics.jsonl, a tuple a line."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[name] for name in names) for line in lines]
+
+
+def write_image(path, pixels, **save):
+    """pixels: (H, W) or (H, W, 3) numbers -> a file of that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path, **save)
+    return path
