@@ -9,7 +9,6 @@ of a are kept by position, so that a pass over a window may be repeated and log_
 
 import triton
 import triton.language as tl
-
 from tarflow_fast.kernels.triton import tuning_step
 from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, on_device, query_places
 

@@ -12,7 +12,6 @@ arithmetic is fp32. Several: matrix products.
 
 import triton
 import triton.language as tl
-
 from tarflow_fast.kernels.triton import tuning_step
 from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, last_to_arrive, on_device
 

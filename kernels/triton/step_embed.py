@@ -7,7 +7,6 @@ x has B rows; the rows past B of a guided pass take the tokens of the first B ag
 
 import triton
 import triton.language as tl
-
 from tarflow_fast.kernels.triton import tuning_step
 from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, on_device, query_places
 

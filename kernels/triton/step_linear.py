@@ -11,7 +11,6 @@ is computed by every program for its own queries, which costs less than a kernel
 
 import triton
 import triton.language as tl
-
 from tarflow_fast.kernels.triton import tuning_step
 from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, last_to_arrive, on_device, query_places
 
@@ -58,11 +57,15 @@ def linear_kernel(
         for start in range(0, K, BLOCK_K):
             total += tl.load(input_at + start, mask=real, other=0.0)
         mean = tl.sum(total, axis=0) / K
+        # What rounding left in the mean comes off in a second step: a large mean would tilt every output by it.
         total = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+        squares = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         for start in range(0, K, BLOCK_K):
             centred = tl.load(input_at + start, mask=real, other=0.0) - mean[None, :]
-            total += centred * centred
-        scale = 1.0 / tl.sqrt(tl.sum(total, axis=0) / K + eps)
+            total += centred
+            squares += centred * centred
+        rest = tl.sum(total, axis=0) / K
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K - rest * rest + eps)
 
     SPAN: tl.constexpr = (K // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -75,7 +78,7 @@ def linear_kernel(
         if NORM:
             gain = tl.load(norm_weight_ptr + start + k, mask=(start + k) < K, other=0.0).to(tl.float32)
             shift = tl.load(norm_bias_ptr + start + k, mask=(start + k) < K, other=0.0).to(tl.float32)
-            x = (x - mean[None, :]) * scale[None, :] * gain[:, None] + shift[:, None]
+            x = ((x - mean[None, :]) - rest[None, :]) * scale[None, :] * gain[:, None] + shift[:, None]
         acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
 
     inside = (n < N)[:, None] & real
@@ -115,6 +118,7 @@ def normalize_kernel(h_ptr, weight_ptr, bias_ptr, out_ptr, eps, C: tl.constexpr,
     c = tl.arange(0, BLOCK)
     h = tl.load(h_ptr + at + c, mask=c < C, other=0.0)
     centred = tl.where(c < C, h - tl.sum(h, axis=0) / C, 0.0)
+    centred = tl.where(c < C, centred - tl.sum(centred, axis=0) / C, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
     gain = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     shift = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)

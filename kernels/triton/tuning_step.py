@@ -89,6 +89,7 @@ def tail_tiles(C, D, dtype):
 
 def scratch(R, W, C, hidden, H, T, E, dtype):
     """Sizes of what the kernels of a step share: {name: (shape, "fp32" | "int32" | "storage")}."""
+    R = max(R, 1)
     M = R * W
     layers = [(3 * C, C), (C, C), (hidden, C), (C, hidden)]
     partials, tiles = 0, 1

@@ -230,7 +230,7 @@ def prepare_graph(
         return workspace
     try:
         workspace = GraphWorkspace(block, z.size(0), guidance.active, dtype)
-        if min(z.shape[:2]) > 0 and z.size(1) > 1:
+        if z.size(0) > 0:
             with torch.autocast(z.device.type, enabled=False), torch.no_grad():
                 workspace.prepare()
     except Exception as error:  # Triton's compiler and the driver raise what they like
@@ -265,7 +265,7 @@ def invert_graph(
     """
     B, T, _ = z.shape
     dtype = storage_dtype(z)
-    if B == 0 or T == 1:
+    if B == 0 or T == 1:  # nothing to solve
         return z.clone(), torch.zeros(B, dtype=torch.float32, device=z.device)
     if workspace is None:
         workspace = prepare_graph(block, z, guidance)
