@@ -18,7 +18,7 @@ from tarflow_fast.ops.registry import triton_missing, triton_refuses
 
 GUIDED = Guidance(1.5, "ab", attn_temp=0.6)
 ANNEALED = Guidance(0.8, "a", attn_temp=1.7, annealed=True)
-B, T, D = 3, 6, 5
+B, T, D = 3, 5, 5
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def triton_device(device):
     return device
 
 
-def make_block(seed=0, flip=False, nvp=True, num_classes=0, num_layers=2, T=T):
+def make_block(seed=0, flip=False, nvp=True, num_classes=0, num_layers=1, T=T):
     """A block with every parameter drawn, small enough for an interpreter."""
     block = MetaBlock(D, 32, T, flip, num_layers, head_size=16, nvp=nvp, num_classes=num_classes)
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ def make_block(seed=0, flip=False, nvp=True, num_classes=0, num_layers=2, T=T):
         parameter.copy_(draw / parameter.shape[-1] ** 0.5 if is_matrix else 0.3 * draw)
         if "norm.weight" in name:
             parameter.add_(1.0)
-    block.proj_out.weight.mul_(0.3)  # log-scales of a few tenths: what a trained flow has
+    block.proj_out.weight.mul_(0.15)  # log-scales of a few tenths: what a trained flow has
     block.proj_out.bias.mul_(0.3)
     return block.requires_grad_(False)
 
@@ -63,7 +63,7 @@ def noise(seed=1, rows=B, T=T):
 
 CASES = {
     "plain": ({}, None, Guidance(), 1),
-    "flip-classes-guided": ({"flip": True, "num_classes": 3}, [2, -1, 0], GUIDED, 1),
+    "flip-classes-guided": ({"flip": True, "num_classes": 3, "num_layers": 2}, [2, -1, 0], GUIDED, 1),
     "shift-only-annealed": ({"nvp": False}, None, ANNEALED, 1),
     "annealed-scale": ({"flip": True}, None, ANNEALED, 1),
     "window": ({"num_classes": 3}, [0, 1, 2], Guidance(0.7, "b"), 4),
@@ -79,6 +79,8 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
     if why_not := triton_refuses(triton_device, dtype):
         pytest.skip(why_not)
+    if triton_device.type == "cpu" and storage == "fp16" and case not in ("flip-classes-guided", "window"):
+        pytest.skip("two cases of this type are enough for an interpreter")
     block, z = make_block(**config), noise().to(triton_device)
     y = None if labels is None else torch.tensor(labels, device=triton_device)
     kept, block = z.clone(), block.to(triton_device)
@@ -103,7 +105,7 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["plain", "guided"])
 def test_log_det_is_that_of_the_sequential_inverse(guidance, triton_device):
-    block, z = make_block(num_layers=1).to(triton_device), noise().to(triton_device)
+    block, z = make_block().to(triton_device), noise().to(triton_device)
     _, log_det = invert_graph(block, z, None, guidance)
     exact, plain = (
         invert_block(copy.deepcopy(block).to(kind), z.to(kind), None, guidance, backend="torch")[1]
@@ -114,7 +116,7 @@ def test_log_det_is_that_of_the_sequential_inverse(guidance, triton_device):
 
 @pytest.mark.interpreter
 def test_a_workspace_serves_every_block_and_remembers_nothing(triton_device):
-    first, second = (make_block(seed, flip=bool(seed), num_layers=1, T=3).to(triton_device) for seed in (0, 1))
+    first, second = (make_block(seed, flip=bool(seed), T=3).to(triton_device) for seed in (0, 1))
     z, ticks = noise(T=3).to(triton_device), []
     workspace = prepare_graph(first, z, Guidance())
     once = invert_graph(first, z, None, Guidance(), workspace, lambda: ticks.append(1))
@@ -132,7 +134,7 @@ def test_a_workspace_serves_every_block_and_remembers_nothing(triton_device):
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy
 def test_a_row_that_overflows_leaves_the_others_alone(triton_device):
-    block, z = make_block(num_layers=1).to(triton_device), noise().to(triton_device)
+    block, z = make_block().to(triton_device), noise().to(triton_device)
     clean, clean_log_det = invert_graph(block, z, None, Guidance())
     z[1, 2] = torch.nan
     x, log_det = invert_graph(block, z, None, Guidance())
@@ -142,10 +144,10 @@ def test_a_row_that_overflows_leaves_the_others_alone(triton_device):
 
 @pytest.mark.interpreter
 def test_no_rows_and_one_token(triton_device):
-    block = make_block(num_layers=1).to(triton_device)
+    block = make_block().to(triton_device)
     x, log_det = invert_block(block, noise(rows=0).to(triton_device), None, GUIDED, backend="triton")
     assert x.shape == (0, T, D) and log_det.shape == (0,)
-    short = make_block(num_layers=1, T=1).to(triton_device)
+    short = make_block(T=1).to(triton_device)
     z = noise(T=1).to(triton_device)
     x, log_det = invert_block(short, z, None, Guidance(), backend="triton")
     assert torch.equal(x, z) and x is not z and not log_det.any()
@@ -213,7 +215,7 @@ OBJECTIONS = {
 @pytest.mark.interpreter
 @pytest.mark.parametrize("change", OBJECTIONS, ids=lambda change: change.__name__)
 def test_what_is_not_fused(change, device):
-    block = make_block()
+    block = make_block(num_layers=2)
     assert why_not_fused(block) == ""
     change(block)
     assert why_not_fused(block) == OBJECTIONS[change]
@@ -237,7 +239,7 @@ def test_float64_is_left_to_pytorch(device):
 
 def test_on_the_cpu_only_by_name(monkeypatch):
     monkeypatch.delenv("TARFLOW_FAST_BACKEND", raising=False)
-    block = make_block(num_layers=1)
+    block = make_block()
     assert not choose_graph(block, noise(), "auto") and not choose_graph(block, noise(), "cpu")
     monkeypatch.setenv("TARFLOW_FAST_BACKEND", "triton")
     if triton_refuses(torch.device("cpu"), torch.float32):
@@ -247,7 +249,7 @@ def test_on_the_cpu_only_by_name(monkeypatch):
 
 def test_the_differentiable_inverse_stays_in_pytorch(monkeypatch):
     monkeypatch.setenv("TARFLOW_FAST_BACKEND", "triton")
-    block, z = make_block(num_layers=1), noise()
+    block, z = make_block(), noise()
     with torch.enable_grad():
         x, _ = invert_block(block, z.requires_grad_(), None, Guidance(), KVCache(1, T, growing=True))
     assert x.requires_grad
