@@ -48,15 +48,16 @@ def test_block_inverse(case, full, table, benchmark):
     workload = WORKLOADS[name]
     torch._dynamo.reset()  # its limit of recompilations counts over all cases, and past it compiled code runs eagerly
     model, reference = build(workload)
+    model.backend = "cpu"  # the native engine or an error, never a fallback
     noise, labels, guidance = inputs(workload, B, guided)
     truth = Truth(workload, reference, noise, labels, guidance)
     variants = {
         "reference": lambda: reference.reverse(noise, labels, **guidance),
         "improved": lambda: improved.reverse(noise, labels, **guidance),
         "compiled": lambda: compiled.reverse(noise, labels, **guidance),
-        "fp32": lambda: model.reverse(noise, labels, **guidance, precision="fp32", backend="cpu"),
-        "bf16": lambda: model.reverse(noise, labels, **guidance, precision="bf16", backend="cpu"),
-        "int8": lambda: model.reverse(noise, labels, **guidance, precision="int8", backend="cpu"),
+        "fp32": lambda: model.reverse(noise, labels, **guidance, precision="fp32"),
+        "bf16": lambda: model.reverse(noise, labels, **guidance, precision="bf16"),
+        "int8": lambda: model.reverse(noise, labels, **guidance, precision="int8"),
     }
     improved, compiled = ImprovedSampler(reference), ImprovedSampler(reference, compiled=True)
 

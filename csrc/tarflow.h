@@ -20,6 +20,8 @@ enum tf_status {
     TF_NO_MEMORY = 2,        // a scratch allocation failed; outputs are undefined
     TF_ISA_UNKNOWN = 3,      // no instruction set of that name was built
     TF_ISA_UNSUPPORTED = 4,  // built, but this processor or operating system cannot run it
+    TF_BAD_SIZE = 5,         // sizes out of range or not matching; nothing was written
+    TF_NOT_FINITE = 6,       // a weight is NaN or infinite
 };
 
 enum tf_dtype { TF_F32 = 0, TF_BF16 = 1, TF_F16 = 2, TF_F64 = 3 };
@@ -58,6 +60,80 @@ TF_EXPORT int tf_affine_backward(const void* dz, const void* dlog_det, const voi
                                  void* dab, int64_t B, int64_t T, int64_t D, int scale, int flip, int x_dtype,
                                  int ab_dtype, int threads);
 
+// ---- block_inverse: the engine that inverts a flow block (formula: tarflow_fast/ops/block_inverse.py) ------------------
+//
+// A plan holds one block's weights as the kernels read them; a workspace all that a run writes except its results. Both
+// say their bytes before they are made. A plan may serve several threads at once, a workspace one run at a time; a
+// workspace serves every plan of its sizes and precision, one run after another.
+
+enum tf_precision { TF_PRECISION_FP32 = 0, TF_PRECISION_BF16 = 1, TF_PRECISION_INT8 = 2 };
+
+// How a run is spread over threads: each its rows, or each its columns. Bits do not depend on it.
+enum tf_split { TF_SPLIT_AUTO = 0, TF_SPLIT_COLUMNS = 1, TF_SPLIT_ROWS = 2 };
+
+typedef struct tf_plan tf_plan;
+typedef struct tf_workspace tf_workspace;
+
+// The sizes of a block. channels is a multiple of head_size; scale: 0 when volume preserving (proj_out gives b alone).
+typedef struct tf_block {
+    int64_t tokens, token_size, channels, layers, head_size, hidden;
+    int32_t scale, precision;
+} tf_block;
+
+// Bytes a plan takes; -1 when the sizes are out of range or do not fit.
+TF_EXPORT int64_t tf_plan_bytes(const tf_block* block);
+
+// TF_OK, TF_BAD_SIZE or TF_NO_MEMORY.
+TF_EXPORT int tf_plan_create(const tf_block* block, tf_plan** plan);
+
+// Fills the plan, also one filled before. tensors: contiguous, all of `dtype` (TF_F32, TF_BF16, TF_F16), as torch holds
+// them (a Linear's weight is (outputs, inputs)), NULL for one that is absent (a bias of 0, a norm's gain of 1):
+//   proj_in weight, bias, pos_embed, proj_out weight, bias; for each layer attention.norm weight, bias, qkv weight, bias,
+//   proj weight, bias, mlp.norm weight, bias, fc1 weight, bias, fc2 weight, bias.
+// TF_NOT_FINITE: tensor number *bad holds NaN or infinity, and the plan must not be used. No run may use it meanwhile.
+TF_EXPORT int tf_plan_pack(tf_plan* plan, const void* const* tensors, int dtype, int threads, int64_t* bad);
+
+TF_EXPORT void tf_plan_destroy(tf_plan* plan);
+
+// Bytes of a workspace for passes of `rows` rows (twice the batch under guidance) of `window` tokens each on up to
+// `threads` threads; -1 when the sizes are out of range or do not fit.
+TF_EXPORT int64_t tf_workspace_bytes(const tf_block* block, int64_t rows, int64_t window, int threads);
+TF_EXPORT int tf_workspace_create(const tf_block* block, int64_t rows, int64_t window, int threads,
+                                  tf_workspace** workspace);
+TF_EXPORT void tf_workspace_destroy(tf_workspace* workspace);
+
+// The inversion of a batch. Engine rows: row b of the batch, or under guidance rows 2b (conditional) and 2b + 1 (unguided).
+typedef struct tf_inversion {
+    const float* z;            // (B, T, D)
+    float* x;                  // (B, T, D), does not alias z
+    double* log_det;           // (B,): sum of a
+    const float* classes;      // (R, C) class embeddings of the engine rows; NULL without classes
+    const float* query_scale;  // (R,) factor on the attention logits; NULL for 1
+    const float* guidance;     // (B,) weights; NULL without guidance
+    int64_t batch;
+    int32_t guide_a, guide_b, annealed, flip, split;
+} tf_inversion;
+
+// Inverts the block. Work is counted in stages, (T - 1) (L + 2) in all, L + 2 a token; a call goes on from *stage, which
+// is 0 at first, and returns with *stage advanced once `seconds` have passed (give or take a stage) or at the end. Between
+// calls only the same inversion may use the workspace, and x, z and the rest must stay as they are.
+TF_EXPORT int tf_invert(const tf_plan* plan, tf_workspace* workspace, const tf_inversion* inversion, int64_t* stage,
+                        double seconds, int threads);
+
+// One pass of the net over tokens position .. position + window (net order) of every row, their inputs given.
+typedef struct tf_pass_arguments {
+    const float* tokens;       // (rows, window, D); guided: (rows / 2, window, D), each row for two engine rows
+    const float* classes;      // as above
+    const float* query_scale;  // as above
+    float* ab;                 // (rows, window, 2D), or (rows, window, D) when volume preserving
+    int64_t rows, window, position;
+    int32_t guided, flip, split;
+} tf_pass_arguments;
+
+// Reads keys and values of the tokens before `position` from the workspace, writes those of these tokens: a later pass may
+// overwrite them. Results do not depend on how the tokens are cut into passes.
+TF_EXPORT int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_arguments* arguments, int threads);
+
 // ---- what the machine can do at best, for benchmarks --------------------------------------------------------------------
 
 // Reads p, (n,) float32, split over `threads`, and returns the bytes read.
@@ -74,3 +150,10 @@ TF_EXPORT void tf_test_exp(const float* x, float* y, int64_t n);
 
 // y = x stored as `dtype` (TF_BF16 or TF_F16) and read back; x, y: (n,) float32, may be the same. One thread.
 TF_EXPORT int tf_test_round(const float* x, float* y, int64_t n, int dtype);
+
+// y[k] = GELU(x[k]); x, y: (n,) float32, may be the same. One thread.
+TF_EXPORT void tf_test_gelu(const float* x, float* y, int64_t n);
+
+// y = x w^T + bias in a precision: x (M, K), w (N, K), bias (N,), y (M, N) float32. TF_NO_MEMORY possible.
+TF_EXPORT int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K,
+                             int precision);

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tarflow_fast.block import HEAD_SIZE, MetaBlock
 from tarflow_fast.checkpoint import CheckpointMixin
-from tarflow_fast.inverse import Guidance, KVCache, invert_block
+from tarflow_fast.inverse import Guidance, InverseCall, invert_block
 from tarflow_fast.likelihood import LikelihoodMixin
 from tarflow_fast.ops.registry import BACKENDS
 from tarflow_fast.validate import check_labels, check_positive_int, check_tensor, quiet_stream
@@ -185,6 +185,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         differentiable: bool = False,
         nonfinite: str = "warn",
         progress: bool = False,
+        precision: str | None = None,
+        memory_limit: int | None = None,
     ) -> Tensor | list[Tensor]:
         """Noise to images, the inverse of `forward`: tokens are solved one after another, blocks last to first.
 
@@ -199,6 +201,10 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             differentiable: keep an autograd graph (memory grows with T^2); without it the result carries no gradient.
             nonfinite: what to do when a row overflows: 'warn' (and return it), 'raise' NonFiniteError, or 'ignore'.
             progress: show a progress bar over all tokens of all blocks.
+            precision: 'fp32', 'bf16' or 'int8' of the native CPU engine (tarflow_fast/inverse/engine.py); None: that of
+                the parameters, bf16 under autocast(bfloat16).
+            memory_limit: bytes the native CPU engine may take (a larger batch is inverted in parts, with the same
+                bits); None: most of what the machine has left.
 
         Returns:
             Images (B, in_channels, height, width) in the dtype of x, or a list of K + 1 of them.
@@ -206,6 +212,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
             NonFiniteError: see `nonfinite`.
+            RuntimeError: a backend or precision asked for by name cannot run.
+            MemoryError: one row alone needs more than `memory_limit`.
         """
         check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var)
         y = check_labels("reverse", y, x.size(0), self.num_classes, self.var)
@@ -217,12 +225,12 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
             _progress_bar(K * (T - 1)) if progress else nullcontext() as bar,
         ):
-            kv_cache = KVCache(self.layers_per_block, T, growing=differentiable)
+            call = InverseCall(self.backend, precision, differentiable, memory_limit)
             stages = [x]
             tokens = x * self.var.sqrt()
             blocks = list(reversed(self.blocks))
             for block in blocks:
-                tokens, _ = invert_block(block, tokens, y, guide, kv_cache, bar.update if bar else None, self.backend)
+                tokens, _ = invert_block(block, tokens, y, guide, call, bar.update if progress else None)
                 stages.append(tokens)
             if nonfinite != "ignore":
                 _report_nonfinite(stages, blocks, nonfinite)
@@ -243,6 +251,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         return_sequence: bool = False,
         progress: bool = False,
         nonfinite: str = "warn",
+        precision: str | None = None,
+        memory_limit: int | None = None,
     ) -> Tensor | list[Tensor]:
         """Draw n images. The noise is made on the CPU in float32, so a seed means the same images on every device.
 
@@ -282,6 +292,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
                 True,
                 nonfinite=nonfinite,
                 progress=progress,
+                precision=precision,
+                memory_limit=memory_limit,
             )
             for start in range(0, max(n, 1), batch_size)
         ]

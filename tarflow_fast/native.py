@@ -39,6 +39,17 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_peak_flops": (_double, [_int, _long, _int]),
     "tf_test_exp": (None, [_void, _void, _long]),
     "tf_test_round": (_int, [_void, _void, _long, _int]),
+    "tf_test_gelu": (None, [_void, _void, _long]),
+    "tf_test_matmul": (_int, [_void, _void, _void, _void, _long, _long, _long, _int]),
+    "tf_plan_bytes": (_long, [_void]),
+    "tf_plan_create": (_int, [_void, _void]),
+    "tf_plan_pack": (_int, [_void, _void, _int, _int, _void]),
+    "tf_plan_destroy": (None, [_void]),
+    "tf_workspace_bytes": (_long, [_void, _long, _long, _int]),
+    "tf_workspace_create": (_int, [_void, _long, _long, _int, _void]),
+    "tf_workspace_destroy": (None, [_void]),
+    "tf_invert": (_int, [_void, _void, _void, _void, _double, _int]),
+    "tf_pass": (_int, [_void, _void, _void, _int]),
 }
 
 

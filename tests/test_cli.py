@@ -105,6 +105,7 @@ def test_sample_denoises_with_the_recorded_noise(tmp_path, capsys, flow):
 
 def test_sample_from_a_checkpoint_of_the_original(tmp_path, capsys, flow):
     model = TarFlow.from_pretrained(flow)
+    model.backend = "torch"
     torch.save(model.state_dict(), tmp_path / "original.pth")
     args = ["--model", tmp_path / "original.pth", "--in_channels", 1, "--n", 4, "--labels", -1, "--backend", "torch"]
     code, _, _ = run(capsys, "sample", *args, "--out", tmp_path / "s.png", "--save", tmp_path / "s.npy")

@@ -11,9 +11,8 @@ from torch import nn
 
 from tarflow_fast import reference
 from tarflow_fast.block import MetaBlock
-from tarflow_fast.inverse import Guidance, KVCache, invert_block
-from tarflow_fast.inverse.eligible import why_not_fused
-from tarflow_fast.inverse.graph import GraphWorkspace, choose_graph, invert_graph, prepare_graph
+from tarflow_fast.inverse import Guidance, InverseCall, invert_block
+from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph, prepare_graph, why_not_graph
 from tarflow_fast.ops.registry import triton_missing, triton_refuses
 
 GUIDED = Guidance(1.5, "ab", attn_temp=0.6)
@@ -108,7 +107,7 @@ def test_log_det_is_that_of_the_sequential_inverse(guidance, triton_device):
     block, z = make_block().to(triton_device), noise().to(triton_device)
     _, log_det = invert_graph(block, z, None, guidance)
     exact, plain = (
-        invert_block(copy.deepcopy(block).to(kind), z.to(kind), None, guidance, backend="torch")[1]
+        invert_block(copy.deepcopy(block).to(kind), z.to(kind), None, guidance, InverseCall("torch"))[1]
         for kind in (torch.float64, torch.float32)
     )
     assert_accurate("log_det", log_det.cpu(), exact.cpu(), plain.cpu())
@@ -145,11 +144,11 @@ def test_a_row_that_overflows_leaves_the_others_alone(triton_device):
 @pytest.mark.interpreter
 def test_no_rows_and_one_token(triton_device):
     block = make_block().to(triton_device)
-    x, log_det = invert_block(block, noise(rows=0).to(triton_device), None, GUIDED, backend="triton")
+    x, log_det = invert_block(block, noise(rows=0).to(triton_device), None, GUIDED, InverseCall("triton"))
     assert x.shape == (0, T, D) and log_det.shape == (0,)
     short = make_block(T=1).to(triton_device)
     z = noise(T=1).to(triton_device)
-    x, log_det = invert_block(short, z, None, Guidance(), backend="triton")
+    x, log_det = invert_block(short, z, None, Guidance(), InverseCall("triton"))
     assert torch.equal(x, z) and x is not z and not log_det.any()
 
 
@@ -201,55 +200,65 @@ def with_own_forward(block):
     block.attn_blocks[0].mlp.forward = lambda h: h
 
 
+def without_norm_weights(block):
+    block.attn_blocks[0].mlp.norm = nn.LayerNorm(32, elementwise_affine=False)
+
+
 OBJECTIONS = {
-    with_adapter: "attn_blocks.1.attention.qkv is a Adapter, which the fused step would not call",
-    with_hook: "attn_blocks.0 has forward hooks, which the fused step would not call",
-    with_parametrization: "attn_blocks.0.mlp.main.0 is a ParametrizedLinear, which the fused step would not call",
-    with_tanh_gelu: "attn_blocks.0.mlp.main.1 is not the exact (erf) GELU",
-    with_half_a_layer: "its parameters are of several dtypes or on several devices",
+    with_adapter: "attn_blocks.1.attention.qkv is a Adapter",
+    with_hook: "attn_blocks.0 has hooks or a forward of its own",
+    with_parametrization: "attn_blocks.0.mlp.main.0 is a ParametrizedLinear",
+    with_tanh_gelu: "attn_blocks.0.mlp is not Linear, exact GELU, Linear",
+    with_half_a_layer: "attn_blocks.1.mlp.main.0.weight is torch.float16 on cpu, pos_embed torch.float32",
     without_bias: "attn_blocks.0.attention.proj has no bias",
-    with_own_forward: "attn_blocks.0.mlp has forward hooks, which the fused step would not call",
+    without_norm_weights: "a LayerNorm of attn_blocks.0 has no weight or no bias",
+    with_own_forward: "attn_blocks.0.mlp has hooks or a forward of its own",
 }
+
+
+def by_name(block, z, **choices):
+    return invert_block(block, z, None, Guidance(), InverseCall("triton", **choices))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("change", OBJECTIONS, ids=lambda change: change.__name__)
-def test_what_is_not_fused(change, device):
+def test_what_is_not_fused(change, triton_device):
     block = make_block(num_layers=2)
-    assert why_not_fused(block) == ""
     change(block)
-    assert why_not_fused(block) == OBJECTIONS[change]
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        with pytest.raises(RuntimeError) as caught:
-            invert_block(block, noise(), None, Guidance(), backend="triton")
-        assert str(caught.value) == "block_inverse: backend 'triton' cannot run: " + OBJECTIONS[change]
-
-
-def test_head_size():
-    assert why_not_fused(MetaBlock(4, 24, 4, num_layers=1, head_size=8)).startswith("its head size is 8, not one of")
+    block = block.to(triton_device)
+    with pytest.raises(RuntimeError) as caught:
+        by_name(block, noise().to(triton_device))
+    said = str(caught.value).replace("cuda:0", "cpu")
+    assert said == "block_inverse: backend 'triton' cannot run: " + OBJECTIONS[change]
 
 
 @pytest.mark.interpreter
-def test_float64_is_left_to_pytorch(device):
-    block = make_block().double()
-    message = r"^block_inverse: backend 'triton' cannot run: it computes in float32, bfloat16 or float16, got float64$"
-    with pytest.raises(RuntimeError, match=message):
-        invert_block(block, noise().double(), None, Guidance(), backend="triton")
+def test_what_it_cannot_compute(triton_device):
+    block, z = make_block().to(triton_device), noise().to(triton_device)
+    assert why_not_graph(block, z) == ""
+    cannot = r"^block_inverse: backend 'triton' cannot run: "
+    with pytest.raises(RuntimeError, match=cannot + "(it computes in float32|Triton's interpreter)"):
+        by_name(block.double(), z.double())
+    block = block.float()
+    with pytest.raises(RuntimeError, match=cannot + "it has no precision 'int8'$"):
+        by_name(block, z, precision="int8")
+    with pytest.raises(RuntimeError, match=cannot + "it has no gradient, and a differentiable inverse was asked for$"):
+        by_name(block, z, differentiable=True)
+    odd = MetaBlock(D, 48, T, num_layers=1, head_size=24).to(triton_device)
+    assert why_not_graph(odd, z) == "head size 24 is not 16, 32, 64 or 128, or the MLP no multiple of 16"
 
 
-def test_on_the_cpu_only_by_name(monkeypatch):
-    monkeypatch.delenv("TARFLOW_FAST_BACKEND", raising=False)
-    block = make_block()
-    assert not choose_graph(block, noise(), "auto") and not choose_graph(block, noise(), "cpu")
-    monkeypatch.setenv("TARFLOW_FAST_BACKEND", "triton")
-    if triton_refuses(torch.device("cpu"), torch.float32):
-        with pytest.raises(RuntimeError, match=r"^block_inverse: backend 'triton' cannot run: it needs GPU tensors"):
-            choose_graph(block, noise(), "auto")
+@pytest.mark.interpreter
+def test_precision_chooses_the_storage(triton_device):
+    block, z = make_block().to(triton_device), noise().to(triton_device)
+    with torch.autocast(triton_device.type, torch.float16):
+        call = InverseCall("triton", "fp32")
+        x, _ = invert_block(block, z, None, Guidance(), call)
+    assert call.graph.dtype == torch.float32 and call.graph.nbytes > 0
+    assert same_bits(x, by_name(block, z)[0])
 
 
-def test_the_differentiable_inverse_stays_in_pytorch(monkeypatch):
-    monkeypatch.setenv("TARFLOW_FAST_BACKEND", "triton")
-    block, z = make_block(), noise()
-    with torch.enable_grad():
-        x, _ = invert_block(block, z.requires_grad_(), None, Guidance(), KVCache(1, T, growing=True))
-    assert x.requires_grad
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+def test_without_an_interpreter_it_needs_a_gpu():
+    with pytest.raises(RuntimeError, match=r"^block_inverse: backend 'triton' cannot run: it needs GPU tensors"):
+        by_name(make_block(), noise())

@@ -1,6 +1,7 @@
 // Chooses an instruction set when the library is loaded and forwards every exported function to it. Compiled once, for
 // the plain machine: nothing here may need more than every processor has.
 #include <string.h>
+#include <unistd.h>
 
 #include "table.h"
 
@@ -73,6 +74,11 @@ Level machine_level() {
 #endif
 }
 
+// In a forked child the threads of the parent's OpenMP pool are gone, and waiting for them never ends: one thread then.
+const pid_t loaded_in = getpid();
+
+int usable(int threads) { return getpid() == loaded_in ? threads : 1; }
+
 }  // namespace
 }  // namespace tf
 
@@ -128,6 +134,42 @@ int tf_affine_forward(const void* x, const void* ab, void* z, void* log_det, int
 int tf_affine_backward(const void* dz, const void* dlog_det, const void* x, const void* ab, void* dx, void* dab,
                        int64_t B, int64_t T, int64_t D, int scale, int flip, int x_dtype, int ab_dtype, int threads) {
     return chosen->affine_backward(dz, dlog_det, x, ab, dx, dab, B, T, D, scale, flip, x_dtype, ab_dtype, threads);
+}
+
+int64_t tf_plan_bytes(const tf_block* block) { return chosen->plan_bytes(block); }
+
+int tf_plan_create(const tf_block* block, tf_plan** plan) { return chosen->plan_create(block, plan); }
+
+int tf_plan_pack(tf_plan* plan, const void* const* tensors, int dtype, int threads, int64_t* bad) {
+    return chosen->plan_pack(plan, tensors, dtype, tf::usable(threads), bad);
+}
+
+void tf_plan_destroy(tf_plan* plan) { chosen->plan_destroy(plan); }
+
+int64_t tf_workspace_bytes(const tf_block* block, int64_t rows, int64_t window, int threads) {
+    return chosen->workspace_bytes(block, rows, window, threads);
+}
+
+int tf_workspace_create(const tf_block* block, int64_t rows, int64_t window, int threads, tf_workspace** workspace) {
+    return chosen->workspace_create(block, rows, window, threads, workspace);
+}
+
+void tf_workspace_destroy(tf_workspace* workspace) { chosen->workspace_destroy(workspace); }
+
+int tf_invert(const tf_plan* plan, tf_workspace* workspace, const tf_inversion* inversion, int64_t* stage,
+              double seconds, int threads) {
+    return chosen->invert(plan, workspace, inversion, stage, seconds, tf::usable(threads));
+}
+
+int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_arguments* arguments, int threads) {
+    return chosen->pass(plan, workspace, arguments, tf::usable(threads));
+}
+
+void tf_test_gelu(const float* x, float* y, int64_t n) { chosen->test_gelu(x, y, n); }
+
+int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K,
+                   int precision) {
+    return chosen->test_matmul(x, w, bias, y, M, N, K, precision);
 }
 
 double tf_peak_read(const float* p, int64_t n, int threads) { return chosen->peak_read(p, n, threads); }

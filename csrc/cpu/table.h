@@ -6,13 +6,24 @@
 #pragma once
 #include "../tarflow.h"
 
-#define TF_KERNELS(X)  \
-    X(affine_forward)  \
-    X(affine_backward) \
-    X(peak_read)       \
-    X(peak_flops)      \
-    X(test_exp)        \
-    X(test_round)
+#define TF_KERNELS(X)    \
+    X(affine_forward)    \
+    X(affine_backward)   \
+    X(plan_bytes)        \
+    X(plan_create)       \
+    X(plan_pack)         \
+    X(plan_destroy)      \
+    X(workspace_bytes)   \
+    X(workspace_create)  \
+    X(workspace_destroy) \
+    X(invert)            \
+    X(pass)              \
+    X(peak_read)         \
+    X(peak_flops)        \
+    X(test_exp)          \
+    X(test_round)        \
+    X(test_gelu)         \
+    X(test_matmul)
 
 namespace tf {
 

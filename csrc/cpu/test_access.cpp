@@ -1,4 +1,5 @@
 // Lets the tests reach the SIMD layer itself, on every instruction set.
+#include "gelu.h"
 #include "table.h"
 #include "vec.h"
 
@@ -8,6 +9,12 @@ void test_exp(const float* x, float* y, int64_t n) {
     int64_t k = 0;
     for (; k + W <= n; k += W) store(y + k, exp(load(x + k)));
     if (k < n) store(y + k, exp(load(x + k, int(n - k))), int(n - k));
+}
+
+void test_gelu(const float* x, float* y, int64_t n) {
+    int64_t k = 0;
+    for (; k + W <= n; k += W) store(y + k, gelu(load(x + k)));
+    if (k < n) store(y + k, gelu(load(x + k, int(n - k))), int(n - k));
 }
 
 template <class S>

@@ -14,9 +14,7 @@ window is final after k passes.
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -24,31 +22,41 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tarflow_fast.inverse.eligible import why_not_fused
+from tarflow_fast.inverse.eligibility import why_not
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.ops.registry import triton_missing, triton_refuses
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
 
-__all__ = ["GraphWorkspace", "choose_graph", "invert_graph", "prepare_graph", "storage_dtype", "why_not_graph"]
+__all__ = ["GraphWorkspace", "invert_graph", "prepare_graph", "storage_dtype", "why_not_graph"]
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_SIZES = (16, 32, 64, 128)
 
 
-def storage_dtype(z: Tensor) -> torch.dtype:
-    """Of weights and cache: autocast's where it is on, as `F.linear` would choose; else that of z."""
+def storage_dtype(z: Tensor, precision: str | None = None) -> torch.dtype:
+    """Of weights and cache: what was asked for, or autocast's where it is on, as `F.linear` would choose, or z's."""
+    if precision is not None:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     if torch.is_autocast_enabled(z.device.type):
         return torch.get_autocast_dtype(z.device.type)
     return z.dtype
 
 
-def why_not_graph(block: MetaBlock, z: Tensor) -> str:
+def why_not_graph(block: MetaBlock, z: Tensor, precision: str | None = None) -> str:
     """Why this path cannot invert `block` at z; "" when it can."""
-    dtype = storage_dtype(z)
-    if dtype not in STORAGE:
-        return f"it computes in float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
-    return triton_refuses(z.device, dtype) or triton_missing() or why_not_fused(block)
+    if precision not in (None, "fp32", "bf16"):
+        return f"it has no precision {precision!r}"
+    dtype = storage_dtype(z, precision)
+    if dtype not in STORAGE or z.dtype not in STORAGE:
+        return f"it computes in float32, bfloat16 or float16, got {str(z.dtype).removeprefix('torch.')}"
+    if why := triton_refuses(z.device, dtype) or triton_missing() or why_not(block):
+        return why
+    first = block.attn_blocks[0]
+    if first.attention.head_size not in HEAD_SIZES or first.mlp.main[0].out_features % 16:
+        return f"head size {first.attention.head_size} is not 16, 32, 64 or 128, or the MLP no multiple of 16"
+    return ""
 
 
 class GraphWorkspace:
@@ -69,7 +77,7 @@ class GraphWorkspace:
         from tarflow_fast.kernels.triton import tuning_step
 
         device = block.pos_embed.device
-        self.key = self.describe(block, B, guided, dtype, device)
+        self.key = self.describe(block, B, guided, dtype)
         (T, C), D, L = block.pos_embed.shape, block.proj_in.in_features, len(block.attn_blocks)
         E, hidden = block.attn_blocks[0].attention.head_size, block.attn_blocks[0].mlp.main[0].out_features
         self.B, self.T, self.W, self.guided, self.dtype = B, T, min(window, max(T - 1, 1)), guided, dtype
@@ -103,10 +111,11 @@ class GraphWorkspace:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @staticmethod
-    def describe(block: MetaBlock, B: int, guided: bool, dtype: torch.dtype, device: torch.device) -> tuple:
+    def describe(block: MetaBlock, B: int, guided: bool, dtype: torch.dtype) -> tuple:
         """What two calls must have in common to share a workspace."""
         shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters() if name != "class_embed")
         eps = tuple((layer.attention.norm.eps, layer.mlp.norm.eps) for layer in block.attn_blocks)
+        device = block.pos_embed.device
         return B, guided, dtype, device, block.attn_blocks[0].attention.head_size, shapes, eps
 
     @property
@@ -200,50 +209,25 @@ class GraphWorkspace:
                     on_token()
 
 
-def choose_graph(block: MetaBlock, z: Tensor, backend: str) -> bool:
-    """Whether this path inverts `block` at z: where "triton" is asked for, and for GPU tensors under "auto".
-
-    Raises:
-        RuntimeError: "triton" was asked for by name, and `why_not_graph` says why not.
-    """
-    asked = backend if backend != "auto" else os.environ.get("TARFLOW_FAST_BACKEND") or "auto"
-    if asked != "triton" and not (asked == "auto" and z.is_cuda):
-        return False
-    why_not = why_not_graph(block, z)
-    if why_not and asked == "triton":
-        raise RuntimeError(f"block_inverse: backend 'triton' cannot run: {why_not}")
-    if why_not:
-        _warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {why_not}")
-    return not why_not
-
-
 def prepare_graph(
-    block: MetaBlock, z: Tensor, guidance: Guidance, workspace: GraphWorkspace | None = None, backend: str = "triton"
-) -> GraphWorkspace | None:
-    """A workspace for this call: the one given if it fits, else a new one, its graph captured.
+    block: MetaBlock,
+    z: Tensor,
+    guidance: Guidance,
+    workspace: GraphWorkspace | None = None,
+    precision: str | None = None,
+) -> GraphWorkspace:
+    """A workspace for this call: the one given if it fits, else a new one, its kernels compiled and its graph captured.
 
-    None if the kernels cannot be compiled or launched here and the backend is "auto"; by name, that raises.
+    Raises whatever Triton's compiler, the driver or the allocator raise.
     """
-    dtype = storage_dtype(z)
-    key = GraphWorkspace.describe(block, z.size(0), guidance.active, dtype, z.device)
-    if workspace is not None and workspace.key == key:
-        return workspace
-    try:
+    dtype = storage_dtype(z, precision)
+    key = GraphWorkspace.describe(block, z.size(0), guidance.active, dtype)
+    if workspace is None or workspace.key != key:
         workspace = GraphWorkspace(block, z.size(0), guidance.active, dtype)
         if z.size(0) > 0:
             with torch.autocast(z.device.type, enabled=False), torch.no_grad():
                 workspace.prepare()
-    except Exception as error:  # Triton's compiler and the driver raise what they like
-        if backend != "auto" or os.environ.get("TARFLOW_FAST_BACKEND") == "triton":
-            raise
-        _warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
-        return None
     return workspace
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @torch.no_grad()
@@ -261,16 +245,15 @@ def invert_graph(
     the block's shape (`GraphWorkspace.describe`). On a GPU the result is enqueued, not waited for.
 
     Raises:
-        ValueError: the workspace belongs to another shape, batch, dtype or device.
+        ValueError: the workspace belongs to another shape, batch or device.
     """
     B, T, _ = z.shape
-    dtype = storage_dtype(z)
     if B == 0 or T == 1:  # nothing to solve
         return z.clone(), torch.zeros(B, dtype=torch.float32, device=z.device)
     if workspace is None:
         workspace = prepare_graph(block, z, guidance)
-    elif workspace.key != GraphWorkspace.describe(block, B, guidance.active, dtype, z.device):
-        raise ValueError("invert_graph: workspace must be one of this block's shapes, batch, dtype and device")
+    elif workspace.key != GraphWorkspace.describe(block, B, guidance.active, workspace.dtype):
+        raise ValueError("invert_graph: workspace must be one of this block's shapes, batch and device")
     with torch.autocast(z.device.type, enabled=False):
         workspace.load(block, z, y, guidance)
         workspace.run(on_token)

@@ -1,5 +1,5 @@
-"""The state of one inverse call: the key/value cache. It belongs to the call, never to a module, so that an interrupted
-or concurrent call leaves nothing behind."""
+"""The state of one inverse call: caches and workspaces. It belongs to the call, never to a module, so that an
+interrupted or concurrent call leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,53 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from tarflow_fast.block import MetaBlock
+    from tarflow_fast.inverse.engine import Engine
     from tarflow_fast.inverse.graph import GraphWorkspace
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+class InverseCall:
+    """What the K blocks of one inverse call share: the choices made, and memory made at the first use.
+
+    Args:
+        backend: of the op `block_inverse`.
+        precision: 'fp32', 'bf16', 'int8' (native CPU engine only), or None: that of the parameters, or of autocast.
+        differentiable: keep an autograd graph.
+        memory_limit: bytes the native engine may take; None: most of what the machine has left.
+    """
+
+    def __init__(
+        self,
+        backend: str = "auto",
+        precision: str | None = None,
+        differentiable: bool = False,
+        memory_limit: int | None = None,
+    ) -> None:
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"reverse: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int)):
+            raise TypeError(f"reverse: memory_limit must be an int (bytes) or None, got {type(memory_limit).__name__}")
+        self.backend, self.precision, self.differentiable = backend, precision, differentiable
+        self.memory_limit = memory_limit
+        self._kv_cache: KVCache | None = None
+        self._engine: Engine | None = None
+        self.graph: GraphWorkspace | None = None
+
+    def kv_cache(self, block: MetaBlock, z: Tensor) -> KVCache:
+        """The cache of the PyTorch path."""
+        if self._kv_cache is None:
+            self._kv_cache = KVCache(len(block.attn_blocks), z.size(1), growing=self.differentiable)
+        return self._kv_cache
+
+    def engine(self, precision: str) -> Engine:
+        """The native engine of this call."""
+        if self._engine is None or self._engine.precision != precision:
+            from tarflow_fast.inverse.engine import Engine
+
+            self._engine = Engine(precision, self.memory_limit)
+        return self._engine
 
 
 class KVCache:
@@ -22,7 +68,6 @@ class KVCache:
     def __init__(self, num_layers: int, num_tokens: int, growing: bool = False) -> None:
         self.num_layers, self.num_tokens, self.growing = num_layers, num_tokens, growing
         self.storage: Tensor | None = None
-        self.graph: GraphWorkspace | None = None  # what the GPU path keeps between the blocks of a call
         self.restart()
 
     def restart(self) -> None:

@@ -1,0 +1,71 @@
+"""What a report says beside its numbers: the machine, the versions, the command; and how a table is written."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from peaks import peaks
+
+from tarflow_fast import native
+
+
+def results_folder(config):
+    """Where --save writes; None without it."""
+    name = config.getoption("--save")
+    return Path(__file__).parent / "results" / name if name else None
+
+
+def machine():
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    family = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("cpu family")), "")
+    threads = torch.get_num_threads()
+    measured = peaks(threads)
+    return {
+        "cpu": f"{cpu or platform.processor()} (family {family}), {os.cpu_count()} cores",
+        "threads": threads,
+        "isa": native.isa(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "peak_read_GB_s": round(measured["read"] / 1e9, 1),
+        "peak_fp32_GFLOP_s": round(measured["fp32"] / 1e9),
+        "peak_bf16_GFLOP_s": round(measured["bf16"] / 1e9),
+    }
+
+
+def _lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _commit():
+    folder = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def markdown(rows):
+    """A table of the columns whose values are short; lists (raw timings) stay in the JSON."""
+    columns = [key for key, value in rows[0].items() if not isinstance(value, (list, dict))]
+    widths = [max(len(column), *(len(str(row[column])) for row in rows)) for column in columns]
+
+    def line(cells):
+        return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(columns), line("-" * w for w in widths), *(line(row[c] for c in columns) for row in rows)])
+
+
+def write(folder, name, rows, command):
+    """NAME.json, with every timing, and NAME.md."""
+    info = machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(
+        json.dumps({"machine": info, "command": command, "rows": rows}, indent=1) + "\n"
+    )
+    facts = "\n".join(f"- {key}: {value}" for key, value in info.items())
+    (folder / f"{name}.md").write_text(f"# {name}\n\n`{command}`\n\n{facts}\n\n{markdown(rows)}\n")

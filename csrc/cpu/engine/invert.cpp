@@ -1,0 +1,132 @@
+// The inverse of a block, one token after another:  x_0 = z_0;  x_{i+1} = z_{i+1} exp(a_i) + b_i.
+//
+// Work is counted in stages, L + 2 a token (embed, layers, tail), so that a run can stop and go on between any two.
+#include "run.h"
+
+namespace tf::TF_ISA {
+namespace {
+
+struct Job {
+    const Plan& plan;
+    Workspace& space;
+    const tf_inversion& in;
+    int64_t share;  // engine rows of a batch row: conditional and, under guidance, unguided, side by side
+
+    int64_t token(int64_t i) const { return in.flip ? plan.shape.T - 1 - i : i; }
+    float* x(int64_t b, int64_t i) const { return in.x + (b * plan.shape.T + token(i)) * plan.shape.D; }
+    const float* z(int64_t b, int64_t i) const { return in.z + (b * plan.shape.T + token(i)) * plan.shape.D; }
+};
+
+// Guided combine, exp, the next token and its share of the log-det, for batch row b and the net's output at token i.
+void update(const Job& job, int64_t b, int64_t i) {
+    const Shape& s = job.plan.shape;
+    const float* ab = job.space.ab + b * job.share * stride(s.out);
+    const float* unguided = job.share == 2 ? ab + stride(s.out) : nullptr;
+    const double weight = unguided ? job.in.guidance[b] : 0.0;
+    const vf g = splat(float(job.in.annealed ? weight * double(i + 1) / double(s.T - 1) : weight));
+    const auto guided = [=](int64_t at, int n, bool active) {
+        const vf value = load_part(ab + at, n);
+        return unguided && active ? fma(g, value - load_part(unguided + at, n), value) : value;
+    };
+    const float* z = job.z(b, i + 1);
+    float* x = job.x(b, i + 1);
+    vd total[2] = {};
+    for (int64_t d = 0; d < s.D; d += W) {
+        const int n = s.D - d < W ? int(s.D - d) : W;
+        const vf shift = guided(s.out - s.D + d, n, job.in.guide_b != 0);
+        vf next = load_part(z + d, n);
+        if (s.scale) {
+            vf a = guided(d, n, job.in.guide_a != 0);
+            next = next * exp(a);
+            if (n < W) {  // the lanes past D hold nothing of a
+                float lanes[W] = {};
+                store(lanes, a, n);
+                a = load(lanes);
+            }
+            vd low, high;
+            widen(a, low, high);
+            total[0] += low, total[1] += high;
+        }
+        next += shift;
+        n == W ? store(x + d, next) : store(x + d, next, n);
+    }
+    job.in.log_det[b] += sum(total[0] + total[1]);
+}
+
+template <class P>
+void run_stage(const Job& job, const Pass& p, int64_t stage) {
+    const int64_t stages = p.plan.shape.L + 2, number = stage % stages;
+    const Shape& s = p.plan.shape;
+    if (number == 0) {
+        const Tokens tokens = {job.x(0, p.position), s.T * s.D, 0, job.share};
+        Stages<P>::embed(p, tokens);
+    } else if (number <= s.L) {
+        Stages<P>::layer(p, number - 1);
+    } else {
+        Stages<P>::project_out(p);
+        const Range mine = p.team.mine(p.rows.size() / job.share);
+        const int64_t first = p.rows.begin / job.share;
+        for (int64_t b = first + mine.begin; b < first + mine.end; ++b) update(job, b, p.position);
+        p.team.wait();
+    }
+}
+
+// Runs from *stage until `limit` seconds have passed or the end is reached.
+template <class P>
+void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads) {
+    const tf_inversion& in = job.in;
+    const int64_t stages = job.plan.shape.L + 2, begin = *stage;
+    const bool by_rows = rows_over_threads(job.plan, in.batch * job.share, threads, in.split);
+    const double start = seconds();
+    int64_t stop = end;
+    if (by_rows) {
+        // Threads never meet, so where they stop is settled before: by the time the last run took a stage.
+        const double each = job.space.unit_seconds;
+        const int64_t fit = each > 0 ? int64_t(limit / each) : stages;
+        stop = begin + (fit < 1 ? 1 : fit);
+        if (stop > end) stop = end;
+    }
+    // One flag for even and one for odd stages: a slow thread may still read the one while the next is written.
+    int64_t reached = begin, late[2] = {0, 0};
+    run_teams(threads, by_rows, in.batch, job.share, [&](Team team, int thread, Range rows) {
+        for (int64_t at = begin; at < stop; ++at) {
+            const Pass p = {job.plan, job.space, team, job.space.scratch[thread], rows, 1, at / stages, in.classes,
+                            in.query_scale, in.flip != 0};
+            // Decided before the stage's own barriers, hence known to all after them.
+            if (!by_rows && team.rank == 0)
+                __atomic_store_n(&late[at & 1], seconds() - start > limit, __ATOMIC_RELEASE);
+            run_stage<P>(job, p, at);
+            if (team.rank == 0 && thread == 0) reached = at + 1;
+            if (!by_rows && __atomic_load_n(&late[at & 1], __ATOMIC_ACQUIRE)) break;
+        }
+    });
+    job.space.unit_seconds = (seconds() - start) / double(reached - begin);
+    *stage = reached;
+}
+
+}  // namespace
+
+int invert(const tf_plan* plan_handle, tf_workspace* workspace, const tf_inversion* in, int64_t* stage, double limit,
+           int threads) {
+    const Plan& plan = *reinterpret_cast<const Plan*>(plan_handle);
+    Workspace& space = *reinterpret_cast<Workspace*>(workspace);
+    const Shape& s = plan.shape;
+    const Job job = {plan, space, *in, in->guidance ? 2 : 1};
+    const int64_t end = (s.T - 1) * (s.L + 2);
+    if (in->batch < 1 || !fits(plan.shape, space, in->batch * job.share, 1) || *stage < 0 || *stage > end) return TF_BAD_SIZE;
+    if (threads > space.threads) threads = space.threads;
+    if (*stage == 0)
+        for (int64_t b = 0; b < in->batch; ++b) {
+            memcpy(job.x(b, 0), job.z(b, 0), size_t(s.D) * sizeof(float));
+            in->log_det[b] = 0.0;
+        }
+    if (*stage == end) return TF_OK;
+    switch (s.precision) {
+        case TF_PRECISION_FP32: run<PrecisionFp32>(job, stage, end, limit, threads); break;
+        case TF_PRECISION_BF16: run<PrecisionBf16>(job, stage, end, limit, threads); break;
+        default: run<PrecisionInt8>(job, stage, end, limit, threads);
+    }
+    return TF_OK;
+}
+
+}  // namespace tf::TF_ISA

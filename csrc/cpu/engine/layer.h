@@ -1,0 +1,230 @@
+// What one thread of a team does in each stage of a pass: W tokens of each row through the net. Stages end with a barrier,
+// so the next may read what any thread wrote. Threads own columns; a team of one owns everything.
+#pragma once
+#include "../gelu.h"
+#include "attention.h"
+#include "norm.h"
+#include "plan.h"
+#include "team.h"
+#include "workspace.h"
+
+namespace tf::TF_ISA {
+namespace {
+
+// The tokens a pass starts from: rows of D floats; `share` engine rows (2 under guidance) read one row of them.
+struct Tokens {
+    const float* base;
+    int64_t row_stride, token_stride, share;
+
+    const float* at(int64_t row, int64_t token) const { return base + row / share * row_stride + token * token_stride; }
+};
+
+struct Pass {
+    const Plan& plan;
+    Workspace& space;
+    Team team;
+    const Scratch& scratch;   // of this thread
+    Range rows;               // engine rows of this team
+    int64_t window;           // tokens a row, W
+    int64_t position;         // of the first of them, in net order
+    const float* classes;     // [R][C], nullptr without classes
+    const float* query_scale;  // [R]: 1 over the temperature of the row; nullptr for 1
+    bool flip;
+
+    int64_t row_of(int64_t m) const { return window == 1 ? m : m / window; }
+};
+
+template <class P>
+struct Stages {
+    typedef typename P::Operand Operand;
+    typedef typename P::Cache Cache;
+    typedef typename QueryOf<Cache>::Type Query;
+
+    // Panels `mine` of m applied to the activation rows of the team, a block of rows at a time; load(begin, end) gives
+    // a block's operands, done(tile) takes the results.
+    template <class Load, class Done>
+    static void product(const Pass& p, const Matrix& m, Range mine, int64_t operand_stride, Load load, Done done) {
+        if (mine.size() <= 0) return;
+        const int64_t first = p.rows.begin * p.window, count = p.rows.size() * p.window;
+        const int64_t blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
+        for (int64_t b = 0; b < blocks; ++b) {
+            const Range block = share(count, b, blocks);
+            const int64_t begin = first + block.begin;
+            const Operand* operands = load(begin, begin + block.size());
+            matmul(m, operands, operand_stride, begin, block.size(), mine.begin, mine.end, p.scratch.y,
+                   [](void* context, const Tile& tile) { (*static_cast<Done*>(context))(tile); }, &done);
+        }
+    }
+
+    // f(y, m, column, n) for every W columns (n < W at the ragged end) of every row of a tile of `width` columns.
+    template <class F>
+    static void each(const Tile& tile, int64_t width, F f) {
+        const int64_t first = tile.panel * PANEL, end = width - first < PANEL ? width - first : PANEL;
+        for (int64_t r = 0; r < tile.rows; ++r)
+            for (int64_t c = 0; c < end; c += W)
+                f(load(tile.y + r * PANEL + c), tile.row + r, first + c, end - c < W ? int(end - c) : W);
+    }
+
+    template <class F>
+    static void put(Operand* y, int64_t n, F f) {
+        store_row(y, n, f);
+        store(y + n, zero(), 1);  // the second of the last pair when n is odd
+    }
+
+    static Operand* normalised(const Pass& p, const Norm& norm, int64_t begin, int64_t end) {
+        const int64_t C = p.plan.shape.C;
+        Operand* y = static_cast<Operand*>(p.scratch.operands);
+        for (int64_t m = begin; m < end; ++m) {
+            Operand* row = y + (m - begin) * stride(C);
+            layer_norm(p.space.h + m * stride(C), norm.gain, norm.shift, C, row);
+            store(row + C, zero(), 1);
+        }
+        return y;
+    }
+
+    // h = proj_in(token) + pos_embed + class_embed
+    static void embed(const Pass& p, const Tokens& tokens) {
+        const Shape& s = p.plan.shape;
+        Operand* y = static_cast<Operand*>(p.scratch.operands);
+        const auto load_tokens = [&](int64_t begin, int64_t end) {
+            for (int64_t m = begin; m < end; ++m) {
+                const int64_t row = p.row_of(m);
+                const float* token = tokens.at(row, m - row * p.window);
+                put(y + (m - begin) * stride(s.D), s.D, [=](int64_t k, int n) { return load_part(token + k, n); });
+            }
+            return y;
+        };
+        product(p, p.plan.in, p.team.mine(panels(s.C)), stride(s.D), load_tokens, [&](const Tile& tile) {
+            each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
+                const int64_t row = p.row_of(m), at = p.position + m - row * p.window;
+                const float* pos = p.plan.pos + (p.flip ? s.T - 1 - at : at) * s.C;
+                y += load_part(pos + c, n);
+                if (p.classes) y += load_part(p.classes + row * s.C + c, n);
+                float* h = p.space.h + m * stride(s.C) + c;
+                n == W ? store(h, y) : store(h, y, n);
+            });
+        });
+        p.team.wait();
+    }
+
+    static Cache* keys(const Pass& p, int64_t layer, int64_t row, int64_t head) {
+        const Shape& s = p.plan.shape;
+        return static_cast<Cache*>(p.space.cache) +
+               ((layer * p.space.rows + row) * s.H + head) * (s.Tp * 2 * s.Ep);
+    }
+
+    // Columns of qkv: queries scaled and kept, keys and values appended to the cache in place.
+    static void scatter(const Pass& p, int64_t layer, const Tile& tile) {
+        const Shape& s = p.plan.shape;
+        const float logits = 1.0f / sqrtf(float(s.E));
+        for (int64_t chunk = 0; chunk < PANEL; chunk += 16) {
+            const int64_t column = tile.panel * PANEL + chunk, group = column / (s.group_panels * PANEL);
+            const int64_t in_group = column - group * s.group_panels * PANEL;
+            const int64_t head = group * s.group + in_group / (3 * s.Ep), within = in_group % (3 * s.Ep);
+            const int64_t which = within / s.Ep, e = within % s.Ep;
+            if (in_group >= 3 * s.Ep * s.group || head >= s.H) continue;
+            for (int64_t r = 0; r < tile.rows; ++r) {
+                const int64_t m = tile.row + r, row = p.row_of(m), t = p.position + m - row * p.window;
+                const float* y = tile.y + r * PANEL + chunk;
+                if (which == 0) {
+                    const float factor = p.query_scale ? logits * p.query_scale[row] : logits;
+                    Query* q = static_cast<Query*>(p.space.q) + m * stride(s.H * s.Ep) + head * s.Ep + e;
+                    for (int k = 0; k < 16; k += W) store(q + k, load(y + k) * factor);
+                } else if (which == 1) {
+                    Cache* block = keys(p, layer, row, head) + t / KEYS * (KEYS * s.Ep);
+                    for (int part = 0; part < PARTS; ++part) store_key(block, e, t, load(y + part * W), part);
+                } else {
+                    Cache* values = keys(p, layer, row, head) + s.Tp * s.Ep;
+                    for (int k = 0; k < 16; k += W) store_value(values, s.Ep, e + k, t, load(y + k));
+                }
+            }
+        }
+    }
+
+    // One (row, head): all its queries.
+    static void attend_one(const Pass& p, int64_t layer, int64_t row, int64_t head) {
+        const Shape& s = p.plan.shape;
+        const int64_t m = row * p.window, q_stride = stride(s.H * s.Ep);
+        const Cache* k = keys(p, layer, row, head);
+        Operand* out = static_cast<Operand*>(p.space.mixed) + m * stride(s.C) + head * s.E;
+        attend(static_cast<const Query*>(p.space.q) + m * q_stride + head * s.Ep, q_stride, p.window, p.position, k, k + s.Tp * s.Ep, s.E, s.Ep,
+               s.Tp, p.scratch.attention, out, stride(s.C));
+    }
+
+    static void attention(const Pass& p, int64_t layer) {
+        const Shape& s = p.plan.shape;
+        const Layer& weights = p.plan.layers[layer];
+        const auto load_rows = [&](int64_t begin, int64_t end) { return normalised(p, weights.norm1, begin, end); };
+        const auto done = [&](const Tile& tile) { scatter(p, layer, tile); };
+        if (s.groups % p.team.size == 0) {  // own heads from end to end
+            const Range groups = p.team.mine(s.groups);
+            product(p, weights.qkv, {groups.begin * s.group_panels, groups.end * s.group_panels}, stride(s.C), load_rows,
+                    done);
+            for (int64_t row = p.rows.begin; row < p.rows.end; ++row)
+                for (int64_t head = groups.begin * s.group; head < groups.end * s.group && head < s.H; ++head)
+                    attend_one(p, layer, row, head);
+        } else {
+            product(p, weights.qkv, p.team.mine(s.groups * s.group_panels), stride(s.C), load_rows, done);
+            p.team.wait();
+            const Range items = p.team.mine(p.rows.size() * s.H);
+            for (int64_t item = items.begin; item < items.end; ++item)
+                attend_one(p, layer, p.rows.begin + item / s.H, item % s.H);
+        }
+        p.team.wait();
+    }
+
+    // h += a matrix applied to stored operands
+    static void residual(const Pass& p, const Matrix& matrix, const void* operands, int64_t operand_stride) {
+        const Shape& s = p.plan.shape;
+        const Operand* a = static_cast<const Operand*>(operands);
+        product(p, matrix, p.team.mine(panels(s.C)), operand_stride,
+                [&](int64_t begin, int64_t) { return a + begin * operand_stride; },
+                [&](const Tile& tile) {
+                    each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
+                        float* h = p.space.h + m * stride(s.C) + c;
+                        n == W ? store(h, load(h) + y) : store(h, load(h, n) + y, n);
+                    });
+                });
+        p.team.wait();
+    }
+
+    static void layer(const Pass& p, int64_t number) {
+        const Shape& s = p.plan.shape;
+        const Layer& weights = p.plan.layers[number];
+        attention(p, number);
+        residual(p, weights.proj, p.space.mixed, stride(s.C));
+        product(p, weights.fc1, p.team.mine(panels(s.F)), stride(s.C),
+                [&](int64_t begin, int64_t end) { return normalised(p, weights.norm2, begin, end); },
+                [&](const Tile& tile) {
+                    each(tile, s.F, [&](vf y, int64_t m, int64_t c, int n) {
+                        Operand* hidden = static_cast<Operand*>(p.space.hidden) + m * stride(s.F) + c;
+                        n == W ? store(hidden, gelu(y)) : store(hidden, gelu(y), n);
+                    });
+                });
+        p.team.wait();
+        residual(p, weights.fc2, p.space.hidden, stride(s.F));
+    }
+
+    // ab = proj_out(h)
+    static void project_out(const Pass& p) {
+        const Shape& s = p.plan.shape;
+        Operand* y = static_cast<Operand*>(p.scratch.operands);
+        const auto load_rows = [&](int64_t begin, int64_t end) {
+            for (int64_t m = begin; m < end; ++m) {
+                const float* h = p.space.h + m * stride(s.C);
+                put(y + (m - begin) * stride(s.C), s.C, [=](int64_t k, int n) { return load_part(h + k, n); });
+            }
+            return y;
+        };
+        product(p, p.plan.out, p.team.mine(panels(s.out)), stride(s.C), load_rows, [&](const Tile& tile) {
+            each(tile, s.out, [&](vf y, int64_t m, int64_t c, int n) {
+                float* ab = p.space.ab + m * stride(s.out) + c;
+                n == W ? store(ab, y) : store(ab, y, n);
+            });
+        });
+        p.team.wait();
+    }
+};
+
+}  // namespace
+}  // namespace tf::TF_ISA

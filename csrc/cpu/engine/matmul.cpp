@@ -1,0 +1,216 @@
+#include "matmul.h"
+
+#include "operand.h"
+
+namespace tf::TF_ISA {
+namespace {
+
+constexpr int64_t CHUNK = 512;  // inputs worked on at a time: two such parts of a panel a thread stay in the L2 cache
+constexpr int MAX_ROWS = 6;
+
+// How many vectors of columns a tile of M rows has: all accumulators, one row of weights and a factor stay in registers.
+constexpr int columns_of(int M) {
+    if (W == 16) return 4;
+    if (M == 1) return 8;
+    return M <= 3 ? 4 : 2;
+}
+
+// step(): the products of one stored row of weights, V vectors from w on, with M rows of a; INPUTS inputs. After RUN steps
+// the sums are added to the total and start again at 0: the rounding error of long sums is a third of one chain's.
+struct MathF32 {
+    typedef float Operand;
+    typedef float Weight;
+    static constexpr int INPUTS = 1, RUN = 64;
+
+    template <int M, int V>
+    static inline __attribute__((always_inline)) void step(vf (&sum)[M][V], const Operand* a, int64_t stride,
+                                                           const Weight* w) {
+        vf row[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) row[v] = load(w + v * W);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const vf factor = splat(a[m * stride]);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) sum[m][v] = fma(factor, row[v], sum[m][v]);
+        }
+    }
+};
+
+struct MathBf16 {
+    typedef PrecisionBf16::Operand Operand;
+    typedef uint16_t Weight;
+    static constexpr int INPUTS = 2, RUN = 64;
+
+    template <int M, int V>
+    static inline __attribute__((always_inline)) void step(vf (&sum)[M][V], const Operand* a, int64_t stride,
+                                                           const Weight* w) {
+#if defined(__AVX512BF16__)
+        __m512bh row[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) row[v] = (__m512bh)_mm512_loadu_si512(w + 2 * v * W);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            int32_t pair;
+            memcpy(&pair, a + m * stride, sizeof pair);
+            const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) sum[m][v] = (vf)_mm512_dpbf16_ps((__m512)sum[m][v], factor, row[v]);
+        }
+#else
+        vf even[V], odd[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+            vu pair;
+            memcpy(&pair, w + 2 * v * W, sizeof pair);
+            even[v] = bits<vf>(pair << 16), odd[v] = bits<vf>(pair & 0xffff0000u);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const vf first = splat(a[m * stride].value), second = splat(a[m * stride + 1].value);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) sum[m][v] = fma(second, odd[v], fma(first, even[v], sum[m][v]));
+        }
+#endif
+    }
+};
+
+struct MathInt8 {
+    typedef float Operand;
+    typedef int8_t Weight;
+    static constexpr int INPUTS = 1, RUN = 64;
+
+    static inline vf widen(const int8_t* w) {
+#if defined(__AVX512F__)
+        return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
+#elif defined(__AVX2__)
+        return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)w)));
+#else
+        typedef int8_t small __attribute__((vector_size(W)));
+        small q;
+        memcpy(&q, w, sizeof q);
+        return __builtin_convertvector(__builtin_convertvector(q, vi), vf);
+#endif
+    }
+
+    template <int M, int V>
+    static inline __attribute__((always_inline)) void step(vf (&sum)[M][V], const Operand* a, int64_t stride,
+                                                           const Weight* w) {
+        vf row[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) row[v] = widen(w + v * W);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const vf factor = splat(a[m * stride]);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) sum[m][v] = fma(factor, row[v], sum[m][v]);
+        }
+    }
+};
+
+// Where a chunk of inputs stands.
+struct Ends {
+    bool first, last;
+    const float *scale, *bias;  // of the panel; used with the last chunk
+};
+
+// One row tile of one panel over one chunk. LINES: cache lines from `ahead` on fetched every step, weights that will be
+// needed next; tiles after the first find their weights in the cache, and would leave the memory idle.
+template <class Math, int M, int LINES>
+void tile(const void* operands, int64_t stride, const void* weights, int64_t steps, const Ends& ends, float* y,
+          const char* ahead) {
+    constexpr int V = columns_of(M);
+    const auto* a0 = static_cast<const typename Math::Operand*>(operands);
+    for (int column = 0; column < PANEL; column += V * W) {
+        const auto* w = static_cast<const typename Math::Weight*>(weights) + column * Math::INPUTS;
+        const auto* a = static_cast<const typename Math::Operand*>(operands);
+        for (int64_t done = 0; done < steps; done += Math::RUN) {
+            const bool first = ends.first && done == 0, last = ends.last && done + Math::RUN >= steps;
+            const int64_t run = steps - done < Math::RUN ? steps - done : Math::RUN;
+            vf sum[M][V];
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+                for (int v = 0; v < V; ++v) sum[m][v] = zero();
+            for (int64_t k = 0; k < run; ++k) {
+#pragma GCC unroll 4
+                for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
+                ahead += 64 * LINES;
+                Math::template step<M, V>(sum, a, stride, w);
+                a += Math::INPUTS;
+                w += PANEL * Math::INPUTS;
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+                for (int v = 0; v < V; ++v) {
+                    float* at = y + m * PANEL + column + v * W;
+                    vf value = first ? sum[m][v] : load(at) + sum[m][v];
+                    if (last && ends.scale) value = value * load(ends.scale + column + v * W);
+                    if (last) value = value + load(ends.bias + column + v * W);
+                    store(at, value);
+                }
+        }
+    }
+}
+
+typedef void (*TileOf)(const void*, int64_t, const void*, int64_t, const Ends&, float*, const char*);
+
+template <class Math, int LINES>
+TileOf choose(int64_t rows) {
+    switch (rows) {
+        case 1: return tile<Math, 1, LINES>;
+        case 2: return tile<Math, 2, LINES>;
+        case 3: return tile<Math, 3, LINES>;
+        case 4: return tile<Math, 4, LINES>;
+        case 5: return tile<Math, 5, LINES>;
+        default: return tile<Math, 6, LINES>;
+    }
+}
+
+template <class Math>
+void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row, int64_t rows, int64_t first,
+              int64_t last, float* y, Finish finish, void* context) {
+    typedef typename Math::Weight Weight;
+    const auto* a = static_cast<const typename Math::Operand*>(operands);
+    const Weight* weights = static_cast<const Weight*>(m.weights);
+    const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t panel = first; panel < last; ++panel) {
+        const float* scale = m.scale ? m.scale + panel * PANEL : nullptr;
+        for (int64_t k = 0; k < m.inputs; k += CHUNK) {
+            const int64_t inputs = m.inputs - k < CHUNK ? m.inputs - k : CHUNK, steps = inputs / Math::INPUTS;
+            const Ends ends = {k == 0, k + inputs == m.inputs, scale, m.bias + panel * PANEL};
+            const Weight* w = weights + panel * m.inputs * PANEL + k * PANEL;
+            // What follows in memory is what comes next; past the last panel of this share it may be another thread's,
+            // or nobody's (fetching ahead never faults).
+            const char* next = reinterpret_cast<const char*>(w + inputs * PANEL);
+            const int64_t lines = inputs * PANEL * int64_t(sizeof(Weight)) / 64;
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int64_t begin = rows * t / tiles, height = rows * (t + 1) / tiles - begin;
+                const char* ahead = next + lines * t / tiles * 64;
+                const int64_t each = lines / tiles / steps;
+                const TileOf run = tiles == 1  ? choose<Math, 0>(height)
+                                   : each >= 2 ? choose<Math, 2>(height)
+                                               : choose<Math, 1>(height);
+                run(a + begin * stride + k, stride, w, steps, ends, y + begin * PANEL, ahead);
+            }
+        }
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
+            finish(context, {row + begin, end - begin, panel, y + begin * PANEL});
+        }
+    }
+}
+
+}  // namespace
+
+void matmul(const Matrix& m, const void* a, int64_t stride, int64_t row, int64_t rows, int64_t first, int64_t last,
+            float* y, Finish finish, void* context) {
+    switch (m.storage) {
+        case STORE_F32: return multiply<MathF32>(m, a, stride, row, rows, first, last, y, finish, context);
+        case STORE_BF16: return multiply<MathBf16>(m, a, stride, row, rows, first, last, y, finish, context);
+        case STORE_INT8: return multiply<MathInt8>(m, a, stride, row, rows, first, last, y, finish, context);
+    }
+}
+
+}  // namespace tf::TF_ISA

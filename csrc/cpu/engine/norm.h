@@ -1,0 +1,42 @@
+// LayerNorm in float32: mean first, then the centred sum of squares; nothing cancels.
+#pragma once
+#include "operand.h"
+
+namespace tf::TF_ISA {
+namespace {
+
+constexpr float NORM_EPS = 1e-5f;
+
+// Sum of f(k, n) over whole vectors and the tail; f gives 0 in lanes past n.
+template <class F>
+inline float sum_row(int64_t n, F f) {
+    vf parts[4] = {};
+    int64_t k = 0;
+    for (; k + 4 * W <= n; k += 4 * W)
+        for (int j = 0; j < 4; ++j) parts[j] += f(k + j * W, W);
+    for (; k + W <= n; k += W) parts[0] += f(k, W);
+    if (k < n) parts[1] += f(k, int(n - k));
+    return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
+}
+
+// y = (x - mean) / sqrt(var + eps) * gain + shift, stored as operands. x, gain, shift: n floats.
+template <class Operand>
+inline void layer_norm(const float* x, const float* gain, const float* shift, int64_t n, Operand* y) {
+    const float mean = sum_row(n, [=](int64_t k, int m) { return load_part(x + k, m); }) / float(n);
+    const vf ones = splat(1.0f);
+    float first[W];
+    for (int k = 0; k < W; ++k) first[k] = float(k);
+    const vf lane = load(first);
+    const float square = sum_row(n, [=](int64_t k, int m) {
+        vf d = load_part(x + k, m) - mean;
+        if (m < W) d = select(lane < splat(float(m)), d, zero());
+        return d * d;
+    });
+    const vf inverse = ones / sqrt(splat(square / float(n) + NORM_EPS));
+    store_row(y, n, [=](int64_t k, int m) {
+        return fma((load_part(x + k, m) - mean) * inverse, load_part(gain + k, m), load_part(shift + k, m));
+    });
+}
+
+}  // namespace
+}  // namespace tf::TF_ISA

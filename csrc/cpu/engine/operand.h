@@ -1,0 +1,61 @@
+// The number formats of the three precisions.
+//
+//   fp32   weights, GEMM operands and cache fp32
+//   bf16   weights, GEMM operands and cache bf16, sums fp32. Where the machine multiplies bf16 (vdpbf16ps) operands are
+//          stored as bf16 and denormal operands count as 0; elsewhere the same rounded values are stored as floats
+//   int8   weights int8 with a scale for each output column, operands fp32, cache bf16
+//
+// Embedding (proj_in), residual stream, statistics, softmax, GELU, exp and log-det are fp32 throughout.
+#pragma once
+#include "sizes.h"
+#include "../vec.h"
+
+namespace tf::TF_ISA {
+namespace {
+
+// A float that holds a bf16 value.
+struct rounded {
+    float value;
+};
+
+inline vf round_to_bf16(vf v) {
+    const vu u = bits<vu>(v);
+    const vu nearest = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
+    return bits<vf>(select(v == v, nearest, u));
+}
+
+inline vf load(const rounded* p) { return load(&p->value); }
+inline void store(rounded* p, vf v) { store(&p->value, round_to_bf16(v)); }
+inline void store(rounded* p, vf v, int n) { store(&p->value, round_to_bf16(v), n); }
+
+struct PrecisionFp32 {
+    typedef float Operand;
+    typedef float Cache;
+};
+
+struct PrecisionBf16 {
+#if defined(__AVX512BF16__)
+    typedef bf16 Operand;
+#else
+    typedef rounded Operand;
+#endif
+    typedef bf16 Cache;
+};
+
+struct PrecisionInt8 {
+    typedef float Operand;
+    typedef bf16 Cache;
+};
+
+// y[0..n) = v's of f(k) for whole vectors and the tail.
+template <class T, class F>
+inline void store_row(T* y, int64_t n, F f) {
+    int64_t k = 0;
+    for (; k + W <= n; k += W) store(y + k, f(k, W));
+    if (k < n) store(y + k, f(k, int(n - k)), int(n - k));
+}
+
+inline vf load_part(const float* p, int n) { return n == W ? load(p) : load(p, n); }
+
+}  // namespace
+}  // namespace tf::TF_ISA

@@ -1,0 +1,41 @@
+#include "run.h"
+
+namespace tf::TF_ISA {
+namespace {
+
+template <class P>
+void run_pass(const Plan& plan, Workspace& space, const tf_pass_arguments& job, int threads) {
+    const Shape& s = plan.shape;
+    const int64_t share = job.guided ? 2 : 1, source_rows = job.rows / share;
+    const Tokens tokens = {job.tokens, job.window * s.D, s.D, share};
+    const bool by_rows = rows_over_threads(plan, job.rows * job.window, threads, job.split);
+    run_teams(threads, by_rows, source_rows, share, [&](Team team, int thread, Range rows) {
+        const Pass p = {plan, space, team, space.scratch[thread], rows, job.window, job.position, job.classes,
+                        job.query_scale, job.flip != 0};
+        Stages<P>::embed(p, tokens);
+        for (int64_t l = 0; l < s.L; ++l) Stages<P>::layer(p, l);
+        Stages<P>::project_out(p);
+        const Range all = team.mine(rows.size() * job.window);
+        for (int64_t m = rows.begin * job.window + all.begin; m < rows.begin * job.window + all.end; ++m)
+            memcpy(job.ab + m * s.out, space.ab + m * stride(s.out), size_t(s.out) * sizeof(float));
+    });
+}
+
+}  // namespace
+
+int pass(const tf_plan* plan_handle, tf_workspace* workspace, const tf_pass_arguments* job, int threads) {
+    const Plan& plan = *reinterpret_cast<const Plan*>(plan_handle);
+    Workspace& space = *reinterpret_cast<Workspace*>(workspace);
+    if (!fits(plan.shape, space, job->rows, job->window) || job->position < 0 || job->position + job->window > plan.shape.T)
+        return TF_BAD_SIZE;
+    if (job->rows < 1 || job->window < 1 || (job->guided && job->rows % 2)) return TF_BAD_SIZE;
+    if (threads > space.threads) threads = space.threads;
+    switch (plan.shape.precision) {
+        case TF_PRECISION_FP32: run_pass<PrecisionFp32>(plan, space, *job, threads); break;
+        case TF_PRECISION_BF16: run_pass<PrecisionBf16>(plan, space, *job, threads); break;
+        default: run_pass<PrecisionInt8>(plan, space, *job, threads);
+    }
+    return TF_OK;
+}
+
+}  // namespace tf::TF_ISA

@@ -1,0 +1,45 @@
+// The two runs of the engine: a pass over given tokens, and the inversion of a block token by token.
+#pragma once
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "layer.h"
+
+namespace tf::TF_ISA {
+
+namespace {
+
+// Rows over threads: no barrier at all, but every thread reads all weights, which must then come from a cache.
+inline bool rows_over_threads(const Plan& plan, int64_t rows, int threads, int mode) {
+    if (threads == 1) return false;
+    if (mode != TF_SPLIT_AUTO) return mode == TF_SPLIT_ROWS;
+    const int64_t cached = int64_t(16) << 20, enough = 4;
+    return plan.bytes <= cached && rows >= enough * threads;
+}
+
+// f(team, thread, rows) on each of up to `threads` threads: teams of one with `units` of rows each, or one team.
+template <class F>
+inline void run_teams(int threads, bool by_rows, int64_t units, int64_t rows_a_unit, F f) {
+    Barrier barrier;
+    if (by_rows && threads > units) threads = int(units);
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        {
+            const int rank = omp_get_thread_num(), size = omp_get_num_threads();
+            if (by_rows) {
+                const Range mine = share(units, rank, size);
+                f(Team{0, 1, &barrier}, rank, Range{mine.begin * rows_a_unit, mine.end * rows_a_unit});
+            } else {
+                f(Team{rank, size, &barrier}, rank, Range{0, units * rows_a_unit});
+            }
+        }
+        return;
+    }
+#endif
+    f(Team{0, 1, &barrier}, 0, Range{0, units * rows_a_unit});
+}
+
+}  // namespace
+}  // namespace tf::TF_ISA

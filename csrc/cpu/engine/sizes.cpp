@@ -1,0 +1,57 @@
+#include "sizes.h"
+
+#include <stdlib.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace tf::TF_ISA {
+
+int64_t Shape::operand_bytes() const { return precision == TF_PRECISION_BF16 && BF16_MATH ? 2 : 4; }
+
+int64_t Shape::cache_bytes() const { return precision == TF_PRECISION_FP32 ? 4 : 2; }
+
+bool make_shape(const tf_block& b, Shape* s) {
+    const int64_t most = int64_t(1) << 31;  // keeps every sum of a few sizes, and every product of two, within range
+    const int64_t sizes[] = {b.tokens, b.token_size, b.channels, b.layers, b.head_size, b.hidden};
+    for (int64_t size : sizes)
+        if (size < 1 || size >= most) return false;
+    if (b.layers > 65536 || b.head_size > b.channels || b.channels % b.head_size) return false;
+    if (b.precision < TF_PRECISION_FP32 || b.precision > TF_PRECISION_INT8) return false;
+    s->T = b.tokens, s->D = b.token_size, s->C = b.channels, s->L = b.layers, s->E = b.head_size, s->F = b.hidden;
+    s->scale = b.scale != 0, s->precision = b.precision;
+    s->H = s->C / s->E;
+    s->Ep = round_up(s->E, 16);
+    s->Tp = round_up(s->T, KEYS);
+    s->out = s->scale ? 2 * s->D : s->D;
+    s->group = 1;
+    while (s->group < 4 && s->group < s->H && 3 * s->Ep * s->group % PANEL) s->group *= 2;
+    s->groups = (s->H + s->group - 1) / s->group;
+    s->group_panels = panels(3 * s->Ep * s->group);
+    return true;
+}
+
+#if defined(__linux__)
+void* allocate(int64_t bytes) {
+    const int64_t huge = int64_t(2) << 20;
+    void* memory = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    if (bytes >= 8 * huge) madvise(memory, size_t(bytes), MADV_HUGEPAGE);
+    return memory;
+}
+
+void release(void* memory, int64_t bytes) {
+    if (memory) munmap(memory, size_t(bytes));
+}
+#else
+void* allocate(int64_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, size_t(bytes))) return nullptr;
+    return memset(memory, 0, size_t(bytes));
+}
+
+void release(void* memory, int64_t) { free(memory); }
+#endif
+
+}  // namespace tf::TF_ISA

@@ -1,0 +1,87 @@
+// Sizes of a plan and a workspace, counted before anything is allocated. Arithmetic on sizes is checked: a product that
+// does not fit is an error, never a small number.
+#pragma once
+#include "../table.h"
+
+namespace tf::TF_ISA {
+
+constexpr int PANEL = 64;         // output columns packed together: one cache line of int8, four of fp32
+constexpr int KEYS = 16;          // keys stored together
+constexpr int64_t ROW_BLOCK = 96;  // activation rows worked on at a time: with one panel they fit the L2 cache
+
+#if defined(__AVX512BF16__)
+constexpr bool BF16_MATH = true;  // operands of a bf16 product are stored as bf16; elsewhere as floats rounded to it
+#else
+constexpr bool BF16_MATH = false;
+#endif
+
+namespace {
+
+struct Bytes {
+    int64_t value = 0;
+    bool bad = false;
+};
+
+inline Bytes operator*(Bytes a, int64_t b) {
+    Bytes out;
+    out.bad = __builtin_mul_overflow(a.value, b, &out.value) || a.bad;
+    return out;
+}
+
+inline Bytes operator+(Bytes a, Bytes b) {
+    Bytes out;
+    out.bad = __builtin_add_overflow(a.value, b.value, &out.value) || a.bad || b.bad;
+    return out;
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t panels(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
+
+// Distance between rows of activations: whole cache lines, and never a power of two, whose rows would share cache sets.
+inline int64_t stride(int64_t width) { return round_up(width, 16) + 16; }
+
+// Hands out 64-byte aligned pieces of one block of memory; without a base it only counts them.
+struct Arena {
+    char* base = nullptr;
+    Bytes used;
+
+    template <class T>
+    T* take(Bytes count) {
+        const int64_t at = used.value;
+        used = used + (count * int64_t(sizeof(T)) + Bytes{63, false});
+        used.value &= ~int64_t(63);
+        return base && !used.bad ? reinterpret_cast<T*>(base + at) : nullptr;
+    }
+    template <class T>
+    T* take(int64_t count) {
+        return take<T>(Bytes{count, false});
+    }
+};
+
+}  // namespace
+
+// What tf_block says, and what follows from it.
+struct Shape {
+    int64_t T, D, C, L, E, F;
+    int64_t H;          // heads
+    int64_t Ep;         // head size as stored, a multiple of 16
+    int64_t out;        // columns of proj_out: 2 D, or D when volume preserving
+    int64_t Tp;         // T as stored, a multiple of KEYS
+    int64_t group;      // heads whose queries, keys and values fill whole panels together
+    int64_t groups;
+    int64_t group_panels;
+    bool scale;
+    int precision;
+
+    int64_t operand_bytes() const;
+    int64_t cache_bytes() const;    // of one cached number
+};
+
+// False when a size is out of range.
+bool make_shape(const tf_block& block, Shape* shape);
+
+// Zeroed memory in whole pages (huge ones where it is worth it); nullptr when there is none.
+void* allocate(int64_t bytes);
+void release(void* memory, int64_t bytes);
+
+}  // namespace tf::TF_ISA

@@ -1,0 +1,33 @@
+// A workspace: everything a run writes except its results. One a call; all blocks of equal sizes may use it in turn.
+#pragma once
+#include "sizes.h"
+
+namespace tf::TF_ISA {
+
+// What one thread alone writes.
+struct Scratch {
+    void* operands;    // [min(rows, ROW_BLOCK)][stride(C)]: a normalised block of rows, or of tokens
+    float* y;          // [ROW_BLOCK][PANEL]
+    float* attention;  // attention_scratch()
+};
+
+struct Workspace {
+    Shape shape;
+    int64_t rows, window;  // R and W it has room for
+    int threads;
+    float* h;              // [R W][stride(C)]
+    void* q;               // [R W][stride(H Ep)], floats or bf16
+    void* mixed;           // [R W][stride(C)], operands: what attention gives
+    void* hidden;          // [R W][stride(F)], operands
+    float* ab;             // [R W][stride(out)]
+    void* cache;           // [L][R][H]: keys [Tp][Ep], then values [Tp][Ep]
+    Scratch* scratch;      // [threads]
+    void* memory;
+    int64_t bytes;
+    double unit_seconds;   // of the last run, a stage of a token; 0 when there was none
+};
+
+// Whether a pass of this shape, rows and window may use the workspace.
+bool fits(const Shape& plan, const Workspace& space, int64_t rows, int64_t window);
+
+}  // namespace tf::TF_ISA

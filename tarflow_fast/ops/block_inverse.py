@@ -1,0 +1,156 @@
+"""block_inverse: the inverse of a whole flow block, all tokens and layers (arXiv 2412.06329, section 2.1).
+
+    x[p(0)] = z[p(0)];   x[p(i+1)] = z[p(i+1)] * exp(a_i) + b_i;   log_det = sum_{i < T-1, d} a_i[d]
+    (a_i, b_i) = net(x[p(0)] .. x[p(i)]),   guided: a_c + g_i (a_c - a_u), b likewise (tarflow_fast/inverse/guidance.py)
+
+p(i) = i, or T-1-i when the block is flipped. The last token needs no pass of the net.
+
+backend "torch"  one token after another through the block's own modules, any device; differentiable on request
+        "cpu"    the native engine: all of it in a few native calls, fp32, bf16 or int8 (tarflow_fast/inverse/engine.py)
+        "triton" fused kernels of one sampling step, replayed as a CUDA graph (tarflow_fast/inverse/graph.py)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tarflow_fast import native
+from tarflow_fast.inverse.eligibility import DTYPES, why_not
+from tarflow_fast.inverse.graph import invert_graph, prepare_graph, why_not_graph
+from tarflow_fast.inverse.guidance import Guidance
+from tarflow_fast.inverse.sequential import invert_sequential
+from tarflow_fast.inverse.workspace import InverseCall
+from tarflow_fast.ops.registry import (
+    Backend,
+    Op,
+    _warn_once,
+    cpu_refuses,
+    register,
+    triton_missing,
+    triton_refuses,
+    under_transform,
+)
+
+if TYPE_CHECKING:
+    from tarflow_fast.block import MetaBlock
+
+__all__ = ["block_inverse"]
+
+OnToken = Callable[[], None] | None
+
+
+def block_inverse(
+    block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance, call: InverseCall, on_token: OnToken = None
+) -> tuple[Tensor, Tensor]:
+    """Invert `block` at z.
+
+    Args:
+        block: the flow block.
+        z: (B, T, D) noise, never written.
+        y: (B,) int64 labels, negative for none; or None.
+        guidance: weight, what it acts on, temperature, annealing.
+        call: backend, precision and memory of the inverse call this block is part of.
+        on_token: called once for every token solved.
+
+    Returns:
+        x: (B, T, D) in z's dtype. log_det: (B,) nats, the sum of a, float32 (float64 for a float64 block).
+
+    Raises:
+        RuntimeError: a backend or a precision asked for by name cannot run; the reason is named.
+        ValueError: weights that are not finite (native engine), sizes that overflow.
+        MemoryError: one row alone needs more than the memory limit.
+    """
+    # Backends without a kernel for this op leave it to PyTorch, whose modules they accelerate.
+    asked = call.backend if call.backend in ("auto", *_OP.backends) else "torch"
+    chosen, reason = _OP.resolve(asked, z.device, z.dtype), "it was not chosen"
+    if chosen is _OP.backends["cpu"]:
+        reason = cpu_reason(block, z, call)
+        if not reason:
+            return chosen.forward(block, z, y, guidance, call, on_token)
+        if _named("cpu", asked):
+            raise RuntimeError(f"block_inverse: backend 'cpu' cannot run: {reason}")
+    elif chosen is _OP.backends["triton"]:
+        objection = triton_reason(block, z, call)
+        if objection and _named("triton", asked):
+            raise RuntimeError(f"block_inverse: backend 'triton' cannot run: {objection}")
+        if not objection:
+            try:
+                call.graph = prepare_graph(block, z, guidance, call.graph, call.precision)
+            except Exception as error:  # Triton's compiler and the driver raise what they like
+                if _named("triton", asked):
+                    raise
+                _warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
+            else:
+                return chosen.forward(block, z, y, guidance, call, on_token)
+    if call.precision not in (None, _torch_precision(block, z)):
+        raise RuntimeError(f"block_inverse: precision {call.precision!r} needs the native CPU engine: {reason}")
+    return _invert_torch(block, z, y, guidance, call, on_token)
+
+
+def cpu_reason(block: MetaBlock, z: Tensor, call: InverseCall) -> str:
+    """Why the native engine cannot take this block in this call; "" when it can."""
+    if call.differentiable:
+        return "it has no gradient, and a differentiable inverse was asked for"
+    if torch.compiler.is_compiling() or under_transform():
+        return "it runs neither inside torch.compile nor inside a torch.func transform"
+    if type(z) is not Tensor or z.layout != torch.strided or z.dtype not in DTYPES:
+        return f"z is a {type(z).__name__} of {z.dtype}"
+    return why_not(block)
+
+
+def triton_reason(block: MetaBlock, z: Tensor, call: InverseCall) -> str:
+    """Why the fused GPU step cannot take this block in this call; "" when it can."""
+    if call.differentiable:
+        return "it has no gradient, and a differentiable inverse was asked for"
+    if torch.compiler.is_compiling() or under_transform():
+        return "it runs neither inside torch.compile nor inside a torch.func transform"
+    return why_not_graph(block, z, call.precision)
+
+
+def _named(backend: str, asked: str) -> bool:
+    return backend == (os.environ.get("TARFLOW_FAST_BACKEND") or "auto" if asked == "auto" else asked)
+
+
+def _torch_precision(block: MetaBlock, z: Tensor) -> str:
+    """What PyTorch computes in by itself: float32 and wider count as fp32."""
+    if torch.is_autocast_enabled(z.device.type):
+        return "bf16" if torch.get_autocast_dtype(z.device.type) == torch.bfloat16 else "fp16"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(block.pos_embed.dtype, "fp32")
+
+
+def _invert_torch(
+    block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance, call: InverseCall, on_token: OnToken
+) -> tuple[Tensor, Tensor]:
+    return invert_sequential(block, z, y, guidance, call.kv_cache(block, z), on_token)
+
+
+def _invert_cpu(
+    block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance, call: InverseCall, on_token: OnToken
+) -> tuple[Tensor, Tensor]:
+    # half precision has no kernels here: its weights are exact in float32
+    own = _torch_precision(block, z)
+    return call.engine(call.precision or ("bf16" if own == "bf16" else "fp32")).invert(block, z, y, guidance, on_token)
+
+
+def _invert_triton(
+    block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance, call: InverseCall, on_token: OnToken
+) -> tuple[Tensor, Tensor]:
+    return invert_graph(block, z, y, guidance, call.graph, on_token)
+
+
+_OP = register(
+    Op(
+        "block_inverse",
+        {
+            "torch": Backend(_invert_torch),
+            "cpu": Backend(_invert_cpu, None, native.reason, cpu_refuses),
+            "triton": Backend(_invert_triton, None, triton_missing, triton_refuses),
+        },
+        auto={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    )
+)
