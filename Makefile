@@ -32,7 +32,7 @@ $(VENV)/.torch:
 	$(BIN)/pip install -q "$(TORCH)"
 	touch $@
 
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -q -e ".[demo]"

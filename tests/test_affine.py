@@ -305,7 +305,7 @@ ERRORS = [
         RuntimeError,
         "affine: backend 'triton' cannot run: it needs GPU tensors, or TRITON_INTERPRET=1 for CPU tensors, got cpu",
     ),
-    ((X, AB, False, "cuda"), RuntimeError, "affine: backend 'cuda' cannot run: affine has no cuda kernel"),
+    ((X, AB, False, "cuda"), RuntimeError, "affine: backend 'cuda' cannot run: it needs GPU tensors, got cpu"),
 ]
 
 
