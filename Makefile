@@ -6,7 +6,7 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench gpu lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tarflow-fast demo $(ARGS)
@@ -17,6 +17,10 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# no install: torch, triton, numpy, pytest and safetensors of $(PYTHON), on a machine with a GPU
+gpu:
+	$(PYTHON) bench/gpu.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/pip install -q ruff==0.17.6
