@@ -62,7 +62,7 @@ def build(workload: Workload, seed: int = 0) -> tuple[TarFlow, ReferenceTarFlow]
     model = TarFlow(**workload.config).eval()
     with torch.no_grad():
         for block in model.blocks:
-            block.proj_out.weight.normal_(std=0.3 / workload.channels**0.5)
+            block.proj_out.weight.normal_(std=0.1 / workload.channels**0.5)
     reference = ReferenceTarFlow(**workload.config).eval()
     reference.load_state_dict(model.state_dict())
     return model, reference
