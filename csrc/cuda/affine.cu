@@ -1,4 +1,4 @@
-// The affine step of a flow block, its gradient, and the update of a sampling step; formulas in tarflow_fast/ops/affine.py.
+// The affine step of a flow block, its gradient, and the update of a sampling step; formulas: tarflow_fast/ops/affine.py.
 //
 // A block owns a run of elements of one row, as many whatever the batch, and each thread's share of it is fixed: the same
 // sums are added in the same order in every run and for every batch.

@@ -59,7 +59,7 @@ def embed(M, C, D):
 def attention(R, H, T, W, dtype):
     """Tiles of cached attention; keys are split where rows and heads alone cannot fill the machine."""
     block_w = 1 if W == 1 else min(max(triton.next_power_of_2(W), 16), 64)
-    block_t = 64
+    block_t = 32 if dtype == torch.float32 and W > 1 else 64
     programs = R * H * triton.cdiv(W, block_w)
     splits = min(MAX_SPLITS["attention"], triton.cdiv(PROGRAMS, programs), triton.cdiv(T, block_t))
     return {
