@@ -90,6 +90,7 @@ def plan(timer, record, budget, tiny):
             lambda kind=kind: gpu_checks.equal_bits(record, device, kind, 2 if tiny else 1000, tiny),
         )
     if not tiny:
+        yield "CUDA C++", 25, lambda: gpu_checks.cuda_library(record, device)
         yield "ops against float64", 5, lambda: gpu_checks.run_verify(record, "cuda")
     for model in models:
         for guided in (True,) if tiny else (False, True):

@@ -1,5 +1,6 @@
 """Whether the kernels are right on this GPU: the project's own tests run on it, laws of a whole model, equal bits."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import torch
 from compare import same_bits
 from flows import random_flow, random_images, random_noise, twin
 
+from tarflow_fast import native, native_cuda
 from tarflow_fast.inverse import Guidance
 from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph
 from tarflow_fast.ops.registry import OPS
@@ -58,6 +60,44 @@ def run_verify(record, device):
         record.check(f"{row['name']} {row['backend']} {row['dtype']}", row["ok"], said)
     if not any(row["backend"] == "cuda" for row in rows):
         record.skip("affine, CUDA C++", OPS["affine"].why_not("cuda", torch.device(device), torch.float32))
+
+
+def cuda_library(record, device):
+    """Builds the CUDA C++ library where nvcc is, and holds its inverse update to float64; the tests do the rest."""
+    spec = importlib.util.spec_from_file_location("tarflow_fast_setup", ROOT / "setup.py")
+    if not native_cuda.LIBRARY.exists():
+        try:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            report = module.build_cuda(native_cuda.LIBRARY)
+        except ImportError as error:
+            report = {"ok": False, "error": str(error)}
+        if not report["ok"]:
+            record.skip("CUDA C++", report["error"].splitlines()[0])
+            return
+        native_cuda._load.cache_clear()
+    B, T, D = 5, 9, 12
+    ab, z = torch.randn(2 * B, 2 * D, device=device), torch.randn(B, T, D, device=device)
+    x, sums, table = z.clone(), torch.zeros(B, T, device=device), torch.rand(2, T, device=device)
+    position = torch.tensor([0, 3, 7, 8, -1], dtype=torch.int32, device=device)  # the last two have nothing to solve
+    flip = torch.ones(1, dtype=torch.int32, device=device)
+    sizes = (B, T, D, 1, 1, native.DTYPES[ab.dtype])
+    native_cuda.call("tf_cuda_affine_inverse", x, ab, z, x, sums, position, flip, table, *sizes)
+
+    def expected(wide):
+        solved, total = z.to(wide), torch.zeros(B, T, device=device, dtype=wide)
+        for row, p in enumerate([0, 3, 7]):
+            (a, b), (a_u, b_u) = ab[row].to(wide).chunk(2), ab[row + B].to(wide).chunk(2)
+            a, b = a + table[0, p].to(wide) * (a - a_u), b + table[1, p].to(wide) * (b - b_u)
+            solved[row, T - 2 - p] = z[row, T - 2 - p].to(wide) * a.exp() + b
+            total[row, p] = a.sum()
+        return solved, total
+
+    worst = 0.0
+    for got, exact, plain in zip((x, sums), expected(torch.float64), expected(torch.float32), strict=True):
+        error, bound = error_and_bound(got, exact, plain)
+        worst = max(worst, (error / bound).max().item())
+    record.check("affine_inverse, CUDA C++", worst <= 1, f"worst {worst:.2f} of the bound")
 
 
 def laws(record, device, dtypes, tiny=False):

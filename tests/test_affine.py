@@ -8,6 +8,7 @@ import torch
 from cases import AFFINE_CASES, AffineCase, affine_inputs
 from compare import assert_accurate, same_bits
 
+from tarflow_fast import native_cuda
 from tarflow_fast.ops import affine, affine_ref
 from tarflow_fast.ops.affine import _OP, DTYPES, affine_backward_ref
 
@@ -25,6 +26,7 @@ def pytest_generate_tests(metafunc):
         names = ["cpu"]
     else:
         names = {"cpu": ["torch", "cpu"], "cuda": ["torch", "triton"]}[metafunc.config.getoption("--device")]
+        names += [] if names[1] == "cpu" or native_cuda.missing() else ["cuda"]
     metafunc.parametrize("backend", names)
 
 

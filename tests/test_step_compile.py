@@ -56,6 +56,15 @@ def test_step(case, arch, tmp_path):
             assert sum(size == 16 for size in loads) >= len(loads) // 2, f"{told}: {loads}"
 
 
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_fp32_window_attention(arch, tmp_path):
+    """The kernel with the most registers."""
+    found = launches("afhq256", 128, False, torch.float32, 16)
+    (kernel, _, given, options) = next(launch for launch in found if launch[0].__name__ == "attention_kernel")
+    used = resources(build(kernel, given, options, arch), tmp_path)
+    assert used["LOCAL"] == 0 and used["STACK"] == 0, used
+
+
 def test_launches_are_those_of_the_tuning():
     """One query: narrow tiles, and the sum over K split until every multiprocessor has a program."""
     few = {describe(launch): launch[1] for launch in launches("afhq256", 1, False, torch.bfloat16)}

@@ -1,7 +1,7 @@
-// The affine step of a flow block, its gradient, and the update of a sampling step; formulas: tarflow_fast/ops/affine.py.
+// The affine step of a flow block, its gradient, and the update of a sampling step (tarflow_fast/ops/affine.py).
 //
-// A block owns a run of elements of one row, as many whatever the batch, and each thread's share of it is fixed: the same
-// sums are added in the same order in every run and for every batch.
+// A block owns a run of elements of one row, as many whatever the batch, and each thread's share of it is fixed: the
+// same sums are added in the same order in every run and for every batch.
 #include "types.cuh"
 
 namespace tf {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(THREADS) backward(const X* dz, const L* dlog_d
     for_elements<N>(p, row_blocks, [&](int64_t row, int64_t j, int64_t d) {
         const int64_t at = p.place(row, j) + d;
         Pack<X, N> g = *reinterpret_cast<const Pack<X, N>*>(dz + at);
-        // Token 0 is conditioned by nothing; its threads write the zeros of the last row of ab, which conditions nothing.
+        // Token 0 is conditioned by nothing; its threads write the zeros of the last row of ab, which is for nothing.
         const int64_t from = (row * p.T + (j > 0 ? j - 1 : p.T - 1)) * p.ab_width() + d;
         Pack<A, N> da = {}, db = {};
         if (j > 0) {
