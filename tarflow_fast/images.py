@@ -30,12 +30,13 @@ def make_grid(
     value_range: tuple[float, float] = (-1.0, 1.0),
     scale: int = 1,
     padding: int = 2,
-    background: int = 255,
+    background: int = 96,
 ) -> torch.Tensor:
     """Lays images out in rows of nrow, left to right and top to bottom.
 
     x: (N, C, H, W), C = 1 (grey) or 3 (RGB), values in value_range; or uint8, taken as it is.
-    scale: each pixel becomes scale x scale pixels (no smoothing).  padding: pixels between images and around them.
+    scale: each pixel becomes scale x scale pixels (no smoothing).  padding: pixels between images and around them, of
+    grey level background, neither ink nor paper by default.
     Returns (height, width, 3) uint8, height = rows * (scale * H + padding) + padding.
     Raises ValueError for another shape, no image at all, or sizes below 1.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,12 +50,17 @@ def workers(device: str = "auto") -> Iterator[Workers]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
+        # Imported later (the first optimizer step does), it keeps the process group for good (torch 2.13), and a gloo
+        # thread that still owns a tensor when the interpreter ends aborts the process: 1 of 11 short runs, measured.
+        importlib.import_module("torch._dynamo")
+
         # rank 0 draws sample grids while the others wait in the next step's all_reduce: minutes, the default, are short
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try:
         yield Workers(rank, world, chosen)
     finally:
         if world > 1:
+            gc.collect()  # DDP is full of reference cycles, and its group must go before the interpreter does
             dist.destroy_process_group()
 
 

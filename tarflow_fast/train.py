@@ -56,7 +56,10 @@ def train(config: TrainConfig) -> Run:
             for leftover in config.out.glob(f".{CHECKPOINT}.*"):  # of a process killed while it wrote
                 leftover.unlink()
         caught = contexts.enter_context(stop_signals())
-        _loop(trainer, caught)
+        try:
+            _loop(trainer, caught)
+        finally:
+            trainer.net = trainer.model  # lets go of DDP, and of the process group with it
         return Run(config.out / "model", trainer.steps_done, trainer.total)
 
 

@@ -14,8 +14,8 @@ from tyro.conf import arg
 # Where a field is None, the value comes from here.
 DIGITS: dict[str, Any] = dict(
     img_size=8, in_channels=1, patch_size=2, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.1,
-    drop_label=0.1, batch_size=128, epochs=60.0, lr=2e-3, schedule="onecycle", warmup=0.2, ema=0.995,
-    log_every=10, checkpoint_every=200, sample_every=200,
+    drop_label=0.1, batch_size=64, epochs=60.0, lr=2e-3, schedule="onecycle", warmup=0.2, ema=0.998,
+    log_every=20, checkpoint_every=400, sample_every=400,
 )  # fmt: skip
 FOLDER: dict[str, Any] = dict(
     img_size=64, in_channels=3, patch_size=4, channels=512, num_blocks=4, layers_per_block=8, noise_std=0.05,

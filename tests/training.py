@@ -27,7 +27,10 @@ def tiny(out, **changes) -> TrainConfig:
 def tiny_flags(out, **changes) -> list[str]:
     """The command line of `tiny`."""
     values = {**TINY, "out": out, **changes}
-    return ["train", *(part for name, value in values.items() for part in (f"--{name}", str(value)))]
+    flags = ["train"]
+    for name, value in values.items():
+        flags += [f"--{'' if value else 'no_'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
 
 
 def command(*args, **env):
