@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tarflow_fast.inverse.graph import GraphWorkspace
 
-RUNS = 7
+RUNS, WARM = 7, 2
 
 
 def step_kernels(name, timer, record, dtype, B, guided, tiny=False):
@@ -26,7 +26,7 @@ def step_kernels(name, timer, record, dtype, B, guided, tiny=False):
     ws = GraphWorkspace(inverse.block, B, guided, dtype, capture=False)
     ws.load(inverse.block, z, None, guidance)
     T, size, L = ws.T, torch.finfo(dtype).bits // 8, len(ws.eps)
-    R, C, hidden = ws.h.size(0), ws.h.size(1), ws.hidden.size(1)
+    R, C = ws.h.shape
     about = {"model": name, "B": B, "guided": guided, "dtype": inverse.about["dtype"]}
     w = ws.weights
 
@@ -35,7 +35,7 @@ def step_kernels(name, timer, record, dtype, B, guided, tiny=False):
 
     def time(kernel, variant, launch, moved, flops, layers=L):
         run = timer.graph(lambda: [launch(layer) for layer in range(layers)])
-        times = timer.milliseconds(run, RUNS, 2, cold=True)
+        times = timer.milliseconds(run, 1 if tiny else RUNS, 0 if tiny else WARM, cold=True)
         record.row("step kernel", kernel, variant, times, scale=1 / layers, moved=moved, flops=flops, **about)
 
     for kernel, part, x, out, epilogue, norm in (
@@ -110,7 +110,6 @@ def step_kernels(name, timer, record, dtype, B, guided, tiny=False):
 
     time("head", "ours", head, C * D * size + R * C * 4, 2 * R * C * D, 1)
     time("tail", "ours", tail, 2 * C * D * size + R * C * 4, 4 * R * C * D, 1)
-    assert hidden
 
 
 def attention(timer, record, dtype, T, tiny=False):
@@ -141,13 +140,13 @@ def attention(timer, record, dtype, T, tiny=False):
     about = {"B": B, "dtype": str(dtype).removeprefix("torch."), "note": f"T={T} H={H} E={E}"}
     for variant, forward in variants.items():
         try:
-            times = timer.milliseconds(forward, RUNS, 2)
+            times = timer.milliseconds(forward, RUNS, WARM)
             record.row("attention", "forward", variant, times, flops=flops, **about)
 
             def both(forward=forward):
                 return torch.autograd.grad(forward(), tensors, pull)
 
-            times = timer.milliseconds(both, RUNS, 2)
+            times = timer.milliseconds(both, RUNS, WARM)
             record.row("attention", "forward+backward", variant, times, flops=3.5 * flops, **about)
         except RuntimeError as error:
             record.skip(f"causal attention, {variant}, T = {T}", str(error).splitlines()[0])
