@@ -140,6 +140,6 @@ def whole_sample(name, timer, record, dtype, B, guided, tiny=False):
 
     cost = inverse_cost(workload, B, guided, precision)
     record.row(
-        "whole sample", f"{workload.num_blocks} blocks", "ours", timer.milliseconds(run, 1, 0 if tiny else 1), moved=cost.bytes,
-        flops=cost.flops, model=name, B=B, guided=guided, dtype=str(dtype).removeprefix("torch."),
+        "whole sample", f"{workload.num_blocks} blocks", "ours", timer.milliseconds(run, 1, 0 if tiny else 1),
+        moved=cost.bytes, flops=cost.flops, model=name, B=B, guided=guided, dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip

@@ -1,7 +1,9 @@
 """The inverse by fused step kernels: whole blocks and models against reference.py, and when it steps aside."""
 
 import copy
+import dataclasses
 import os
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tarflow_fast import reference
 from tarflow_fast.block import MetaBlock
 from tarflow_fast.inverse import Guidance, InverseCall, invert_block
 from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph, prepare_graph, why_not_graph
+from tarflow_fast.ops import registry
 from tarflow_fast.ops.registry import triton_missing, triton_refuses
 
 GUIDED = Guidance(1.5, "ab", attn_temp=0.6)
@@ -256,6 +259,41 @@ def test_precision_chooses_the_storage(triton_device):
         x, _ = invert_block(block, z, None, Guidance(), call)
     assert call.graph.dtype == torch.float32 and call.graph.nbytes > 0
     assert same_bits(x, by_name(block, z)[0])
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a graph can be captured")
+def test_without_a_graph_the_same_kernels_run(triton_device):
+    block, z = make_block(T=3), noise(T=3)
+    workspace = GraphWorkspace(block, B, False, torch.float32)
+    workspace.capture = True
+    with pytest.warns(RuntimeWarning, match="^tarflow_fast runs its GPU inverse without a CUDA graph: "):
+        workspace.prepare()
+    assert workspace.graph is None
+    assert same_bits(invert_graph(block, z, None, Guidance(), workspace)[0], by_name(block, z)[0])
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the table is changed for CPU tensors")
+def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch):
+    """By name that raises; auto leaves the block to PyTorch, and warns."""
+    from tarflow_fast.ops import block_inverse as op
+
+    def fails(*arguments):
+        raise RuntimeError("out of shared memory")
+
+    module = sys.modules[op.__module__]
+    monkeypatch.delenv("TARFLOW_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(module, "prepare_graph", fails)
+    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, auto={"cpu": ("triton", "torch")}))
+    registry._warn_once.cache_clear()
+    block, z = make_block(T=3), noise(T=3)
+    with pytest.raises(RuntimeError, match=r"^out of shared memory$"):
+        by_name(block, z)
+    with pytest.warns(RuntimeWarning, match=r"inverts on 'torch' instead of 'triton' \(cpu tensors\): out of shared"):
+        x, _ = invert_block(block, z, None, Guidance())
+    assert same_bits(x, invert_block(block, z, None, Guidance(), InverseCall("torch"))[0])
+    registry._warn_once.cache_clear()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")

@@ -185,8 +185,8 @@ class GraphWorkspace:
         if not self.capture or self.graph is not None:
             return
         self.step()  # compiles and loads the kernels, which a capture must not
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.step()
         except RuntimeError as error:
