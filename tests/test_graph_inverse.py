@@ -211,10 +211,10 @@ OBJECTIONS = {
     with_adapter: "attn_blocks.1.attention.qkv is a Adapter",
     with_hook: "attn_blocks.0 has hooks or a forward of its own",
     with_parametrization: "attn_blocks.0.mlp.main.0 is a ParametrizedLinear",
-    with_tanh_gelu: "attn_blocks.0.mlp is not Linear, exact GELU, Linear",
-    with_half_a_layer: "attn_blocks.1.mlp.main.0.weight is torch.float16 on cpu, pos_embed torch.float32",
-    without_bias: "attn_blocks.0.attention.proj has no bias",
-    without_norm_weights: "a LayerNorm of attn_blocks.0 has no weight or no bias",
+    with_tanh_gelu: "attn_blocks.0.mlp.main is not Linear, exact GELU, Linear",
+    with_half_a_layer: "a parameter is torch.float16 on cpu, pos_embed torch.float32 on cpu",
+    without_bias: "there is no attn_blocks.0.attention.proj.bias",
+    without_norm_weights: "there is no attn_blocks.0.mlp.norm.weight",
     with_own_forward: "attn_blocks.0.mlp has hooks or a forward of its own",
 }
 
@@ -231,7 +231,7 @@ def test_what_is_not_fused(change, triton_device):
     block = block.to(triton_device)
     with pytest.raises(RuntimeError) as caught:
         by_name(block, noise().to(triton_device))
-    said = str(caught.value).replace("cuda:0", "cpu")
+    said = str(caught.value).replace("cuda:0", "cpu").replace("on cuda", "on cpu")
     assert said == "block_inverse: backend 'triton' cannot run: " + OBJECTIONS[change]
 
 
@@ -240,7 +240,7 @@ def test_what_it_cannot_compute(triton_device):
     block, z = make_block().to(triton_device), noise().to(triton_device)
     assert why_not_graph(block, z) == ""
     cannot = r"^block_inverse: backend 'triton' cannot run: "
-    with pytest.raises(RuntimeError, match=cannot + "(it computes in float32|Triton's interpreter)"):
+    with pytest.raises(RuntimeError, match=cannot + "z is a Tensor of torch.float64$"):
         by_name(block.double(), z.double())
     block = block.float()
     with pytest.raises(RuntimeError, match=cannot + "it has no precision 'int8'$"):

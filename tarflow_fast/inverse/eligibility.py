@@ -1,78 +1,129 @@
-"""When fused kernels may stand in for a block's own modules: only when they are exactly what it computes.
+"""When the native engine may stand in for a block's own modules: only when they are exactly what it computes.
 
-Adapters, hooks, parametrizations, quantized or replaced layers keep working, through PyTorch; `why_not` says so.
+Adapters, hooks, parametrizations, quantized or replaced layers keep working, through PyTorch; `inspect` says so.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
 
-__all__ = ["why_not"]
+__all__ = ["DTYPES", "Weights", "inspect", "why_not"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 HEAD_SIZES = range(16, 129)
 
 
-def why_not(block: MetaBlock) -> str:
-    """Why neither engine can invert this block; "" when they can."""
+class Weights(NamedTuple):
+    """A block the engine can take: its weights in the order of tf_plan_pack, and its sizes."""
+
+    tensors: list[Tensor | None]
+    head_size: int
+    hidden: int
+    layers: int
+
+    @staticmethod
+    def name(index: int) -> str:
+        """What tensor number `index` is called in the block."""
+        if index < 5:
+            return ("proj_in.weight", "proj_in.bias", "pos_embed", "proj_out.weight", "proj_out.bias")[index]
+        layer, index = divmod(index - 5, 12)
+        inside = ("attention.norm", "attention.qkv", "attention.proj", "mlp.norm", "mlp.main.0", "mlp.main.2")
+        return f"attn_blocks.{layer}.{inside[index // 2]}.{('weight', 'bias')[index % 2]}"
+
+
+class _Refused(Exception):
+    pass
+
+
+def why_not(block: MetaBlock, device: str = "cpu") -> str:
+    """Why the engine of that kind of device cannot invert this block; "" when it can."""
+    found = inspect(block, device)
+    return found if isinstance(found, str) else ""
+
+
+def inspect(block: MetaBlock, device: str = "cpu") -> Weights | str:
+    """The block's weights, or why the engine cannot take it. Looks at every module and parameter, every time."""
+    try:
+        return _inspect(block, device)
+    except _Refused as refused:
+        return str(refused)
+
+
+def _inspect(block: MetaBlock, device: str) -> Weights:
     from tarflow_fast.block import MLP, Attention, AttentionBlock, MetaBlock
 
-    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
-        return "global forward hooks are registered"
-    plain = {MetaBlock, Attention, AttentionBlock, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential, nn.ModuleList}
-    for name, module in block.named_modules():
-        state = module.__dict__
-        if type(module) not in plain:
-            return f"{name or 'the block'} is a {type(module).__name__}"
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-            return f"{name or 'the block'} has hooks or a forward of its own"
-    if not len(block.attn_blocks):
-        return "it has no layers"
-    return _shape_reason(block) or _tensor_reason(block)
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        raise _Refused("global forward hooks are registered")
+    inside = _children(block, MetaBlock, "the block")
+    pos_embed, layers = block.pos_embed, list(_children(inside["attn_blocks"], nn.ModuleList, "attn_blocks").values())
+    if not layers:
+        raise _Refused("it has no layers")
+    C, D, hidden, head_size = pos_embed.size(1), block.proj_in.in_features, 0, 0
+    tensors: list[Tensor | None] = [*_linear(inside["proj_in"], D, C, "proj_in"), pos_embed]
+    tensors += _linear(inside["proj_out"], C, 2 * D if block.nvp else D, "proj_out")
+    for number, layer in enumerate(layers):
+        at = f"attn_blocks.{number}"
+        halves = _children(layer, AttentionBlock, at)
+        attention = _children(halves["attention"], Attention, f"{at}.attention")
+        mlp = _children(halves["mlp"], MLP, f"{at}.mlp")
+        main = list(_children(mlp["main"], nn.Sequential, f"{at}.mlp.main").values())
+        if len(main) != 3 or type(main[1]) is not nn.GELU or main[1].approximate != "none":
+            raise _Refused(f"{at}.mlp.main is not Linear, exact GELU, Linear")
+        _children(main[1], nn.GELU, f"{at}.mlp.main.1")
+        if number == 0:
+            hidden, head_size = main[0].out_features, halves["attention"].head_size
+        if halves["attention"].head_size != head_size:
+            raise _Refused(f"{at}.attention has another head size than the first")
+        tensors += _norm(attention["norm"], C, f"{at}.attention.norm")
+        tensors += _linear(attention["qkv"], C, 3 * C, f"{at}.attention.qkv")
+        tensors += _linear(attention["proj"], C, C, f"{at}.attention.proj")
+        tensors += _norm(mlp["norm"], C, f"{at}.mlp.norm")
+        tensors += _linear(main[0], C, hidden, f"{at}.mlp.main.0")
+        tensors += _linear(main[2], hidden, C, f"{at}.mlp.main.2")
+    if head_size not in HEAD_SIZES or C % head_size:
+        raise _Refused(f"head size {head_size} is not 16 to 128 and a divisor of {C}")
+    if pos_embed.dtype not in DTYPES:
+        raise _Refused(f"its parameters are {pos_embed.dtype}")
+    alike = pos_embed.dtype, pos_embed.layout
+    for tensor in (*tensors, block.class_embed):
+        if tensor is None:
+            continue
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            raise _Refused(f"a parameter is a {type(tensor).__name__}")
+        if (tensor.dtype, tensor.layout) != alike or tensor.device.type != device:
+            raise _Refused(f"a parameter is {tensor.dtype} on {tensor.device}, pos_embed {pos_embed.dtype} on {device}")
+    whole = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+    return Weights(whole, head_size, hidden, len(layers))
 
 
-def _shape_reason(block: MetaBlock) -> str:
-    C, E, D = block.pos_embed.size(1), block.attn_blocks[0].attention.head_size, block.proj_in.in_features
-    F = block.attn_blocks[0].mlp.main[0].out_features if len(block.attn_blocks[0].mlp.main) else 0
-    if E not in HEAD_SIZES or C % E:
-        return f"head size {E} is not 16 to 128 and a divisor of {C}"
-    out = 2 * D if block.nvp else D
-    linears = [("proj_in", block.proj_in, D, C), ("proj_out", block.proj_out, C, out)]
-    for number, layer in enumerate(block.attn_blocks):
-        attention, mlp, at = layer.attention, layer.mlp.main, f"attn_blocks.{number}"
-        if attention.head_size != E:
-            return f"{at}.attention has another head size"
-        if [type(module) for module in mlp] != [nn.Linear, nn.GELU, nn.Linear] or mlp[1].approximate != "none":
-            return f"{at}.mlp is not Linear, exact GELU, Linear"
-        linears += [(f"{at}.attention.qkv", attention.qkv, C, 3 * C), (f"{at}.attention.proj", attention.proj, C, C)]
-        linears += [(f"{at}.mlp.main.0", mlp[0], C, F), (f"{at}.mlp.main.2", mlp[2], F, C)]
-        for norm in (attention.norm, layer.mlp.norm):
-            if norm.weight is None or norm.bias is None:
-                return f"a LayerNorm of {at} has no weight or no bias"
-            if norm.eps != EPS or norm.normalized_shape != (C,):
-                return f"a LayerNorm of {at} has eps {norm.eps} and shape {norm.normalized_shape}"
-    for name, linear, inputs, outputs in linears:
-        if linear.bias is None:
-            return f"{name} has no bias"
-        if linear.weight.shape != (outputs, inputs):
-            return f"{name}.weight has shape {tuple(linear.weight.shape)}, not {(outputs, inputs)}"
-    return ""
+def _children(module: nn.Module, kind: type, name: str) -> dict[str, nn.Module]:
+    """The submodules of a module that is exactly a `kind` and runs nothing else when called."""
+    if type(module) is not kind:
+        raise _Refused(f"{name} is a {type(module).__name__}")
+    state = module.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+        raise _Refused(f"{name} has hooks or a forward of its own")
+    return state["_modules"]
 
 
-def _tensor_reason(block: MetaBlock) -> str:
-    dtype = block.pos_embed.dtype
-    if dtype not in DTYPES:
-        return f"its parameters are {dtype}"
-    for name, parameter in block.named_parameters():
-        if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-            return f"{name} is a {type(parameter).__name__}"
-        if parameter.dtype != dtype or parameter.device != block.pos_embed.device or parameter.layout != torch.strided:
-            return f"{name} is {parameter.dtype} on {parameter.device}, pos_embed {dtype}"
-    return ""
+def _linear(module: nn.Module, inputs: int, outputs: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+    _children(module, nn.Linear, name)
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if weight.shape != (outputs, inputs) or (bias is not None and bias.shape != (outputs,)):
+        raise _Refused(f"{name}.weight has shape {tuple(weight.shape)}, not {(outputs, inputs)}")
+    return weight, bias
+
+
+def _norm(module: nn.Module, C: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+    _children(module, nn.LayerNorm, name)
+    if module.eps != EPS or module.normalized_shape != (C,):
+        raise _Refused(f"{name} has eps {module.eps} and shape {module.normalized_shape}, not {EPS} and ({C},)")
+    return module._parameters["weight"], module._parameters["bias"]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tarflow_fast.inverse.eligibility import why_not
+from tarflow_fast.inverse.eligibility import inspect
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.ops.registry import triton_missing, triton_refuses
 
@@ -51,11 +51,14 @@ def why_not_graph(block: MetaBlock, z: Tensor, precision: str | None = None) -> 
     dtype = storage_dtype(z, precision)
     if dtype not in STORAGE or z.dtype not in STORAGE:
         return f"it computes in float32, bfloat16 or float16, got {str(z.dtype).removeprefix('torch.')}"
-    if why := triton_refuses(z.device, dtype) or triton_missing() or why_not(block):
-        return why
-    first = block.attn_blocks[0]
-    if first.attention.head_size not in HEAD_SIZES or first.mlp.main[0].out_features % 16:
-        return f"head size {first.attention.head_size} is not 16, 32, 64 or 128, or the MLP no multiple of 16"
+    found = triton_refuses(z.device, dtype) or triton_missing() or inspect(block, z.device.type)
+    if isinstance(found, str):
+        return found
+    for index, tensor in enumerate(found.tensors):
+        if tensor is None:
+            return f"there is no {found.name(index)}"
+    if found.head_size not in HEAD_SIZES or found.hidden % 16:
+        return f"head size {found.head_size} is not 16, 32, 64 or 128, or the MLP no multiple of 16"
     return ""
 
 

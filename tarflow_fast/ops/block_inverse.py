@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import native
-from tarflow_fast.inverse.eligibility import DTYPES, why_not
+from tarflow_fast.inverse.eligibility import DTYPES, Weights, inspect
 from tarflow_fast.inverse.graph import invert_graph, prepare_graph, why_not_graph
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.inverse.sequential import invert_sequential
@@ -69,13 +69,15 @@ def block_inverse(
     asked = call.backend if call.backend in ("auto", *_OP.backends) else "torch"
     chosen, reason = _OP.resolve(asked, z.device, z.dtype), "it was not chosen"
     if chosen is _OP.backends["cpu"]:
-        reason = cpu_reason(block, z, call)
-        if not reason:
-            return chosen.forward(block, z, y, guidance, call, on_token)
+        reason = call_reason(z, call)
+        weights = reason or inspect(block)
+        if not isinstance(weights, str):
+            return _invert_cpu(block, z, y, guidance, call, on_token, weights)
+        reason = weights
         if _named("cpu", asked):
             raise RuntimeError(f"block_inverse: backend 'cpu' cannot run: {reason}")
     elif chosen is _OP.backends["triton"]:
-        objection = triton_reason(block, z, call)
+        objection = call_reason(z, call) or why_not_graph(block, z, call.precision)
         if objection and _named("triton", asked):
             raise RuntimeError(f"block_inverse: backend 'triton' cannot run: {objection}")
         if not objection:
@@ -86,30 +88,21 @@ def block_inverse(
                     raise
                 _warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
             else:
-                return chosen.forward(block, z, y, guidance, call, on_token)
+                return _invert_triton(block, z, y, guidance, call, on_token)
     if call.precision not in (None, _torch_precision(block, z)):
         raise RuntimeError(f"block_inverse: precision {call.precision!r} needs the native CPU engine: {reason}")
     return _invert_torch(block, z, y, guidance, call, on_token)
 
 
-def cpu_reason(block: MetaBlock, z: Tensor, call: InverseCall) -> str:
-    """Why the native engine cannot take this block in this call; "" when it can."""
+def call_reason(z: Tensor, call: InverseCall) -> str:
+    """Why no engine can serve this call, whatever the block; "" when it can."""
     if call.differentiable:
         return "it has no gradient, and a differentiable inverse was asked for"
     if torch.compiler.is_compiling() or under_transform():
         return "it runs neither inside torch.compile nor inside a torch.func transform"
     if type(z) is not Tensor or z.layout != torch.strided or z.dtype not in DTYPES:
         return f"z is a {type(z).__name__} of {z.dtype}"
-    return why_not(block)
-
-
-def triton_reason(block: MetaBlock, z: Tensor, call: InverseCall) -> str:
-    """Why the fused GPU step cannot take this block in this call; "" when it can."""
-    if call.differentiable:
-        return "it has no gradient, and a differentiable inverse was asked for"
-    if torch.compiler.is_compiling() or under_transform():
-        return "it runs neither inside torch.compile nor inside a torch.func transform"
-    return why_not_graph(block, z, call.precision)
+    return ""
 
 
 def _named(backend: str, asked: str) -> bool:
@@ -130,11 +123,17 @@ def _invert_torch(
 
 
 def _invert_cpu(
-    block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance, call: InverseCall, on_token: OnToken
+    block: MetaBlock,
+    z: Tensor,
+    y: Tensor | None,
+    guidance: Guidance,
+    call: InverseCall,
+    on_token: OnToken,
+    weights: Weights,
 ) -> tuple[Tensor, Tensor]:
     # half precision has no kernels here: its weights are exact in float32
-    own = _torch_precision(block, z)
-    return call.engine(call.precision or ("bf16" if own == "bf16" else "fp32")).invert(block, z, y, guidance, on_token)
+    own = "bf16" if _torch_precision(block, z) == "bf16" else "fp32"
+    return call.engine(call.precision or own).invert(block, z, y, guidance, on_token, weights)
 
 
 def _invert_triton(

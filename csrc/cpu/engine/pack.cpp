@@ -2,6 +2,7 @@
 #include "../parallel.h"
 #include "operand.h"
 #include "plan.h"
+#include "transpose.h"
 
 namespace tf::TF_ISA {
 namespace {
@@ -61,25 +62,42 @@ struct Job {
     int64_t inputs;  // of the Linear; the matrix may have one more, zero
 };
 
-void put(const Job& job, int64_t panel, int64_t k, int64_t n, float (*rows)[PART]) {
+// Rows of a part become the words that are transposed: a float, a pair of bf16, an int8 in a word of its own.
+int64_t to_words(Storage storage, float scale, const float* row, uint32_t* words) {
+    for (int k = 0; k < PART; k += W) {
+        const vf v = load(row + k);
+        if (storage == STORE_F32) {
+            memcpy(words + k, &v, sizeof v);
+        } else if (storage == STORE_BF16) {
+            const vh h = narrow_bf16(v);
+            memcpy(words + k / 2, &h, sizeof h);
+        } else {
+            const float round_to_int = 0x1.8p23f;
+            const vi q = bits<vi>(v / splat(scale) + round_to_int) - bits<int32_t>(round_to_int);
+            memcpy(words + k, &q, sizeof q);
+        }
+    }
+    return storage == STORE_BF16 ? PART / 2 : PART;
+}
+
+void put(const Job& job, int64_t panel, int64_t k, int64_t n, const float (*rows)[PART]) {
     const Matrix& m = *job.matrix;
     const int64_t at = panel * m.inputs * PANEL + k * PANEL;
-    if (m.storage == STORE_F32) {
-        float* w = static_cast<float*>(m.weights) + at;
-        for (int64_t j = 0; j < n; ++j)
-            for (int c = 0; c < PANEL; ++c) w[j * PANEL + c] = rows[c][j];
-    } else if (m.storage == STORE_BF16) {
-        bf16* w = static_cast<bf16*>(m.weights) + at;
-        for (int64_t j = 0; j < n; j += 2) {
-            float pairs[2 * PANEL];
-            for (int c = 0; c < PANEL; ++c) pairs[2 * c] = rows[c][j], pairs[2 * c + 1] = rows[c][j + 1];
-            for (int c = 0; c < 2 * PANEL; c += W) store(w + j * PANEL + c, load(pairs + c));
-        }
-    } else {
-        int8_t* w = static_cast<int8_t*>(m.weights) + at;
-        const float* scale = m.scale + panel * PANEL;
-        for (int c = 0; c < PANEL; ++c)
-            for (int64_t j = 0; j < n; ++j) w[j * PANEL + c] = int8_t(rintf(rows[c][j] / scale[c]));
+    alignas(64) uint32_t words[PANEL][PART], turned[16][PANEL];
+    int64_t count = 0;
+    for (int c = 0; c < PANEL; ++c)
+        count = to_words(m.storage, m.scale ? m.scale[panel * PANEL + c] : 1.0f, rows[c], words[c]);
+    const int64_t used = m.storage == STORE_BF16 ? n / 2 : n;
+    for (int64_t j = 0; j < used && j < count; j += 16) {
+        for (int c = 0; c < PANEL; c += 16) transpose16(words[c] + j, PART, turned[0] + c, PANEL);
+        const int64_t lines = used - j < 16 ? used - j : 16;
+        if (m.storage == STORE_F32)
+            memcpy(static_cast<float*>(m.weights) + at + j * PANEL, turned, size_t(lines) * PANEL * 4);
+        else if (m.storage == STORE_BF16)
+            memcpy(static_cast<bf16*>(m.weights) + at + 2 * j * PANEL, turned, size_t(lines) * PANEL * 4);
+        else
+            for (int64_t c = 0; c < lines * PANEL; ++c)
+                static_cast<int8_t*>(m.weights)[at + j * PANEL + c] = int8_t(turned[0][c]);
     }
 }
 
@@ -92,7 +110,10 @@ bool find_scales(const Job& job, int64_t panel, float* row) {
         for (int64_t k = 0; r >= 0 && k < job.inputs; k += PART) {
             const int64_t n = job.inputs - k < PART ? job.inputs - k : PART;
             finite &= job.weight.read(r * job.inputs + k, n, row);
-            for (int64_t j = 0; j < n; ++j) most = fabsf(row[j]) > most ? fabsf(row[j]) : most;
+            for (int64_t j = n; j < PART; ++j) row[j] = 0.0f;
+            vf largest = splat(most);
+            for (int j = 0; j < PART; j += W) largest = max(largest, bits<vf>(bits<vu>(load(row + j)) & 0x7fffffffu));
+            most = max_lane(largest);
         }
         job.matrix->scale[panel * PANEL + c] = most > 0.0f ? most / 127.0f : 1.0f;
     }
@@ -108,7 +129,7 @@ int64_t pack_panel(const Job& job, int64_t panel) {
         const int64_t n = job.matrix->inputs - k < PART ? job.matrix->inputs - k : PART;
         for (int c = 0; c < PANEL; ++c) {
             const int64_t r = job.columns.row(panel * PANEL + c), there = job.inputs - k < n ? job.inputs - k : n;
-            for (int64_t j = r < 0 ? 0 : there; j < n; ++j) rows[c][j] = 0.0f;
+            for (int64_t j = r < 0 ? 0 : there; j < PART; ++j) rows[c][j] = 0.0f;
             if (r >= 0 && !job.weight.read(r * job.inputs + k, there, rows[c])) bad = job.weight.index;
         }
         put(job, panel, k, n, rows);

@@ -37,7 +37,7 @@ void* allocate(int64_t bytes) {
     const int64_t huge = int64_t(2) << 20;
     void* memory = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return nullptr;
-    if (bytes >= 8 * huge) madvise(memory, size_t(bytes), MADV_HUGEPAGE);
+    if (bytes >= huge) madvise(memory, size_t(bytes), MADV_HUGEPAGE);
     return memory;
 }
 

@@ -1,0 +1,66 @@
+"""Flow blocks drawn at random, ragged and degenerate sizes included, and what to invert them with."""
+
+import copy
+import random
+from typing import NamedTuple
+
+import torch
+
+from tarflow_fast.block import MetaBlock
+from tarflow_fast.inverse import Guidance, KVCache
+from tarflow_fast.inverse.sequential import invert_sequential
+
+
+class BlockCase(NamedTuple):
+    block: MetaBlock
+    z: torch.Tensor
+    y: torch.Tensor | None
+    guidance: Guidance
+
+
+def random_block(generator, scale=0.1, **sizes):
+    """A block with every parameter drawn; scale is the size of its log-scales. sizes: as MetaBlock."""
+    block = MetaBlock(**sizes)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            if "norm.weight" in name:
+                parameter.copy_(1 + 0.2 * draw)
+            elif "proj_out" in name:
+                parameter.copy_(scale * draw / block.proj_out.in_features**0.5)
+            elif parameter.ndim == 2 and "embed" not in name:
+                parameter.copy_(draw / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(0.2 * draw)
+    return block.eval()
+
+
+def draw_case(seed):
+    """At least 8 rows: PyTorch's own error, the measure of ours, is the largest of them, and with fewer mere luck."""
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    head_size = choose.choice((16, 17, 24, 32, 40, 48, 64, 64, 80, 96, 128))
+    heads = choose.randint(1, max(1, 256 // head_size if head_size > 64 else 4))
+    num_classes = choose.choice((0, 0, 3))
+    T, D, B = (
+        choose.choice((1, 2, 3, 5, 9, 16, 17, 33)),
+        choose.randint(1, 40),
+        choose.randint(8, 24),
+    )
+    block = random_block(
+        generator, token_size=D, channels=head_size * heads, num_tokens=T, flip=choose.random() < 0.5,
+        num_layers=choose.randint(1, 3), head_size=head_size, expansion=choose.choice((1, 3, 4)),
+        nvp=choose.random() < 0.8, num_classes=num_classes,
+    )  # fmt: skip
+    y = torch.randint(-1, num_classes, (B,), generator=generator) if num_classes and choose.random() < 0.7 else None
+    weight = choose.choice((0.0, 0.0, 0.5, 2.0))
+    guidance = Guidance(weight, choose.choice(("a", "b", "ab")), choose.choice((1.0, 0.7, 1.5)), choose.random() < 0.5)
+    return BlockCase(block, torch.randn(B, T, D, generator=generator), y, guidance)
+
+
+@torch.no_grad()
+def in_torch(case, dtype=torch.float32, autocast=False):
+    """(x, log_det) by PyTorch, step by step; in float64 the truth."""
+    block, z, y, guidance = case
+    block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return invert_sequential(block, z.to(dtype), y, guidance, KVCache(len(block.attn_blocks), z.size(1)))

@@ -1,0 +1,299 @@
+"""block_inverse: the native engine against float64, against plain PyTorch, and against itself, bit for bit.
+
+TARFLOW_SWEEP=2000 draws that many blocks instead of a few, in every test that draws.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+from compare import assert_accurate, same_bits
+from engine_cases import BlockCase, draw_case, in_torch, random_block
+from torch import nn
+
+from tarflow_fast import TarFlow, native
+from tarflow_fast.inverse import Guidance, InverseCall, invert_block
+from tarflow_fast.inverse.eligibility import inspect, why_not
+from tarflow_fast.inverse.engine import Engine
+from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
+from tarflow_fast.ops import explain
+from tarflow_fast.verify import error_and_bound
+
+SWEEP = int(os.environ.get("TARFLOW_SWEEP", 12))
+PRECISIONS = ("fp32", "bf16", "int8")
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
+
+
+def run(case, precision="fp32", **options):
+    block, z, y, guidance = case
+    return Engine(precision, **options).invert(block, z, y, guidance)
+
+
+def small_case(seed=0, B=5, **sizes):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = dict(token_size=6, channels=128, num_tokens=21, num_layers=2, num_classes=3, flip=True) | sizes
+    block = random_block(generator, **sizes)
+    z = torch.randn(B, sizes["num_tokens"], sizes["token_size"], generator=generator)
+    y = torch.arange(B) % 4 - 1 if sizes["num_classes"] else None
+    return BlockCase(block, z, y, Guidance(1.5, "ab", 0.8, True))
+
+
+# ---- accuracy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_isa
+def test_error_rule_over_drawn_blocks():
+    worst = {"fp32": (0.0, -1), "bf16": (0.0, -1)}
+    for seed in range(SWEEP):
+        case = draw_case(seed)
+        truth = in_torch(case, torch.float64)
+        for precision in worst:
+            plain = in_torch(case, autocast=precision == "bf16")
+            for name, ours, exact, theirs in zip(("x", "log_det"), run(case, precision), truth, plain, strict=True):
+                error, bound = error_and_bound(ours, exact, theirs)
+                ratio = (error / bound.clamp(min=1e-30)).max().item()
+                worst[precision] = max(worst[precision], (ratio, seed))
+                if SWEEP < 100:
+                    assert_accurate(f"{name} of case {seed} in {precision}", ours, exact, theirs)
+    print(f"\n{native.isa()}: {SWEEP} blocks, (worst share of the bound, case): {worst}")
+    assert max(worst.values())[0] <= 1.0, worst
+
+
+@pytest.mark.every_isa
+def test_int8_is_the_block_with_rounded_weights():
+    """Against float64 on the weights it stores, int8 is held to the rule of bf16, the precision of its cache."""
+    for seed in range(1000, 1000 + max(SWEEP // 4, 6)):
+        case = draw_case(seed)
+        rounded = copy.deepcopy(case.block)
+        for layer in rounded.attn_blocks:
+            for linear in (layer.attention.qkv, layer.attention.proj, layer.mlp.main[0], layer.mlp.main[2]):
+                weight = linear.weight.data
+                scale = weight.abs().amax(dim=1, keepdim=True) / 127
+                weight.copy_((weight / scale).round() * scale)
+        same = case._replace(block=rounded)
+        truth, plain = in_torch(same, torch.float64), in_torch(same, autocast=True)
+        for name, ours, exact, theirs in zip(("x", "log_det"), run(case, "int8"), truth, plain, strict=True):
+            assert_accurate(f"{name} of case {seed}", ours, exact, theirs)
+
+
+@pytest.mark.every_isa
+def test_bf16_and_half_models_follow_their_dtype():
+    case = small_case()
+    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float16, "fp32")):
+        block, z = copy.deepcopy(case.block).to(dtype), case.z.to(dtype)
+        x, log_det = invert_block(block, z, case.y, case.guidance)
+        assert x.dtype == dtype and log_det.dtype == torch.float32
+        widened = case._replace(block=copy.deepcopy(block).float(), z=z.float())
+        expected = run(widened, precision)
+        assert torch.equal(x, expected[0].to(dtype)) and torch.equal(log_det, expected[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        x, _ = invert_block(case.block, case.z, case.y, case.guidance)
+    assert x.dtype == torch.float32 and same_bits(x, run(case, "bf16")[0])
+
+
+def test_log_det_is_that_of_the_forward_pass():
+    case = small_case()._replace(guidance=Guidance())
+    x, log_det = run(case)
+    with torch.no_grad():
+        z, mean = case.block.double()(x.double(), case.y)
+    assert (z - case.z).abs().max() < 1e-4
+    assert torch.allclose(-mean * x[0].numel(), log_det.double(), atol=1e-4)
+
+
+# ---- bits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bits_do_not_depend_on_threads_split_or_grouping(precision, threads):
+    for channels, head_size in ((128, 64), (96, 32), (144, 48)):  # heads that do and do not divide among the threads
+        case = small_case(channels=channels, head_size=head_size, B=9)
+        threads(1)
+        x, log_det = run(case, precision)
+        sizes = Sizes.of(case.block, inspect(case.block), precision)
+        three_rows = Plan.bytes_of(sizes) + Workspace.bytes_of(sizes, 6, threads=4)
+        for number in (1, 2, 3, 4):
+            threads(number)
+            for options in ({"split": "columns"}, {"split": "rows"}, {"memory_limit": three_rows}):
+                again = run(case, precision, **options)
+                assert same_bits(x, again[0]) and same_bits(log_det, again[1]), (number, options)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_has_the_same_bits_in_any_company(precision):
+    case = small_case(B=7)
+    x, log_det = run(case, precision)
+    order = torch.tensor([4, 0, 6, 6, 2])
+    strange = torch.full_like(case.z[:1], torch.inf)  # a neighbour that overflows
+    mixed = case._replace(z=torch.cat([strange, case.z[order]]), y=torch.cat([case.y[:1], case.y[order]]))
+    got = run(mixed, precision)
+    assert same_bits(got[0][1:], x[order]) and same_bits(got[1][1:], log_det[order])
+    assert not torch.isfinite(got[0][0]).all()
+    for row in range(7):
+        alone = case._replace(z=case.z[row : row + 1], y=case.y[row : row + 1])
+        assert same_bits(run(alone, precision)[0][0], x[row])
+
+
+@pytest.mark.every_isa
+def test_a_thousand_runs_have_the_same_bits():
+    case, engine = small_case(num_tokens=4, num_layers=1), Engine("fp32")
+    first = engine.invert(*case)[0]
+    assert all(same_bits(engine.invert(*case)[0], first) for _ in range(1000))
+
+
+def test_the_first_run_in_a_used_workspace_finds_nothing_of_the_last():
+    case, engine = small_case(), Engine("fp32")
+    engine.invert(case.block, torch.full_like(case.z, torch.nan), case.y, case.guidance)
+    assert same_bits(engine.invert(*case)[0], run(case)[0])
+
+
+# ---- windows -------------------------------------------------------------------------------------------------------
+
+
+def net(case, precision, cuts, rows=3):
+    """ab of every token of `rows` rows, the sequence cut into passes at `cuts`."""
+    block, T = case.block, case.z.size(1)
+    weights = inspect(block)
+    sizes = Sizes.of(block, weights, precision)
+    plan, space = Plan(sizes).pack(weights), Workspace(sizes, rows, window=max(b - a for a, b in cuts))
+    tokens = case.z[:rows].flip(1) if block.flip else case.z[:rows]
+    classes = block.class_embedding(case.y[:rows])[:, 0].detach().contiguous()
+    parts = [run_pass(plan, space, tokens[:, a:b], a, classes=classes, flip=block.flip) for a, b in cuts]
+    assert sum(b - a for a, b in cuts) == T
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("channels, head_size", [(128, 64), (96, 24)])
+def test_windows_have_the_bits_of_single_tokens(precision, channels, head_size):
+    case = small_case(num_tokens=70, channels=channels, head_size=head_size)
+    single = net(case, precision, [(t, t + 1) for t in range(70)])
+    for cuts in ([(0, 70)], [(0, 3), (3, 40), (40, 41), (41, 70)], [(t, t + 10) for t in range(0, 70, 10)]):
+        assert same_bits(net(case, precision, cuts), single), cuts
+
+
+@pytest.mark.every_isa
+def test_one_window_is_the_forward_net():
+    case = small_case(num_tokens=70)
+    block, tokens = copy.deepcopy(case.block).double(), case.z[:3].double().flip(1)
+    with torch.no_grad():
+        h = block.embed(tokens, block.pos_embed.flip(0), block.class_embedding(case.y[:3]))
+        for layer in block.attn_blocks:
+            h = layer(h)
+        truth = block.proj_out(h)
+    assert (net(case, "fp32", [(0, 70)]) - truth).abs().max() < 2e-6
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_later_tokens_of_a_window_cannot_touch_earlier_ones(precision):
+    case = small_case(num_tokens=40)
+    clean = net(case, precision, [(0, 40)])
+    for last in (0, 15, 16, 30):
+        z = case.z.clone()
+        z[:, : 40 - last - 1] = torch.nan  # flipped: the tokens after `last`
+        assert same_bits(net(case._replace(z=z), precision, [(0, 40)])[:, : last + 1], clean[:, : last + 1])
+
+
+def test_a_window_may_be_run_again_with_other_values():
+    case = small_case()
+    weights = inspect(case.block)
+    sizes = Sizes.of(case.block, weights, "fp32")
+    plan, space = Plan(sizes).pack(weights), Workspace(sizes, 3, window=21)
+    tokens = case.z[:3].contiguous()
+    right = run_pass(plan, space, tokens, 0)
+    run_pass(plan, space, tokens[:, :8] * torch.nan, 0)
+    run_pass(plan, space, tokens[:, :8], 0)
+    assert same_bits(run_pass(plan, space, tokens[:, 8:], 8), right[:, 8:])
+
+
+# ---- which engine runs ---------------------------------------------------------------------------------------------
+
+
+def test_every_block_of_a_model_is_inverted_natively_by_default():
+    model = TarFlow(1, 8, 2, 64, 2, 1)
+    assert [why_not(block) for block in model.blocks] == ["", ""]
+    rows = {row["backend"]: row for row in explain() if row["op"] == "block_inverse"}
+    assert rows["cpu"]["available"] and rows["torch"]["available"] and not rows["cuda"]["available"]
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced(change):
+    block = small_case().block
+    change(block)
+    return block
+
+
+STRANGERS = {
+    "a subclass of Linear": (
+        lambda b: b.attn_blocks[1].attention.__setattr__("qkv", Scaled(128, 384)),
+        "attn_blocks.1.attention.qkv is a Scaled",
+    ),
+    "a hook": (lambda b: b.proj_in.register_forward_hook(lambda *_: None), "proj_in has hooks or a forward of its own"),
+    "a pre-hook": (lambda b: b.attn_blocks[0].mlp.register_forward_pre_hook(lambda *_: None), "attn_blocks.0.mlp has"),
+    "a parametrization": (
+        lambda b: nn.utils.parametrizations.weight_norm(b.proj_out), "proj_out is a ParametrizedLinear",
+    ),
+    "tanh GELU": (
+        lambda b: b.attn_blocks[0].mlp.main.__setitem__(1, nn.GELU("tanh")), "attn_blocks.0.mlp.main is not Linear",
+    ),
+    "another epsilon": (
+        lambda b: setattr(b.attn_blocks[0].mlp.norm, "eps", 1e-6), "attn_blocks.0.mlp.norm has eps 1e-06",
+    ),
+    "float64": (lambda b: b.double(), "its parameters are torch.float64"),
+    "mixed dtypes": (lambda b: b.proj_in.bfloat16(), "a parameter is torch.bfloat16 on cpu, pos_embed torch.float32"),
+    "a forward of its own": (
+        lambda b: setattr(b.proj_in, "forward", lambda x: x), "proj_in has hooks or a forward of its own",
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STRANGERS)
+def test_the_engine_steps_aside_and_says_why(name):
+    change, reason = STRANGERS[name]
+    block = replaced(change)
+    assert why_not(block).startswith(reason)
+    z = torch.randn(2, 21, 6, dtype=block.pos_embed.dtype)
+    with pytest.raises(RuntimeError, match="block_inverse: backend 'cpu' cannot run: "):
+        invert_block(block, z, None, Guidance(), InverseCall("cpu"))
+    with pytest.raises(RuntimeError, match="precision 'int8' needs the native CPU engine: "):
+        invert_block(block, z, None, Guidance(), InverseCall(precision="int8"))
+    if name not in ("mixed dtypes", "a forward of its own"):  # those run nowhere
+        x, _ = invert_block(block, z, None, Guidance())
+        assert same_bits(x, invert_block(block, z, None, Guidance(), InverseCall("torch"))[0])
+
+
+def test_a_differentiable_inverse_is_not_native():
+    case = small_case()
+    z = case.z.clone().requires_grad_()
+    x, _ = invert_block(case.block, z, case.y, case.guidance, InverseCall(differentiable=True))
+    assert x.requires_grad
+    with pytest.raises(RuntimeError, match="cannot run: it has no gradient"):
+        invert_block(case.block, z, case.y, case.guidance, InverseCall("cpu", differentiable=True))
+
+
+@torch.no_grad()
+def test_the_environment_chooses(monkeypatch):
+    case = small_case()
+    native_x, torch_x = run(case)[0], in_torch(case)[0]
+    assert not same_bits(native_x, torch_x)
+    for name, expected in (("torch", torch_x), ("cpu", native_x), ("", native_x)):
+        monkeypatch.setenv("TARFLOW_FAST_BACKEND", name)
+        assert same_bits(invert_block(*case)[0], expected)
+
+
+def test_weights_are_read_anew_by_every_call():
+    case = small_case()
+    before = invert_block(*case)[0]
+    with torch.no_grad():
+        case.block.attn_blocks[0].mlp.main[2].weight.data.mul_(1.5)  # through .data: no version counter moves
+    after = invert_block(*case)[0]
+    assert not same_bits(before, after) and same_bits(after, run(case)[0])

@@ -1,0 +1,302 @@
+"""What the engine refuses, what it costs, and how it lives with signals, forks and threads."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from compare import same_bits
+from flows import random_flow, random_noise
+from test_block_inverse import run, small_case
+
+from tarflow_fast import TarFlow, native
+from tarflow_fast.inverse.eligibility import inspect
+from tarflow_fast.inverse.engine import Engine
+from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+BIG = Sizes(1024, 12, 768, 8, 64, 3072, 1, 0)
+
+
+def run_python(code, timeout=120):
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+# ---- refused -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(precision, value):
+    case = small_case(num_layers=2)
+    for name, parameter in case.block.named_parameters():
+        block = copy.deepcopy(case.block)
+        block.get_parameter(name).data.view(-1)[parameter.numel() * 2 // 3] = value
+        with pytest.raises(ValueError, match=f"weights must be finite, got NaN or infinity in {name}$"):
+            run(case._replace(block=block), precision)
+
+
+def test_nothing_is_written_when_weights_are_refused():
+    case = small_case()
+    z = case.z.clone()
+    case.block.proj_out.bias.data[0] = torch.nan
+    with pytest.raises(ValueError):
+        run(case)
+    assert same_bits(case.z, z)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("tokens", 2**31), ("tokens", 0), ("token_size", -1), ("channels", 2**40), ("layers", 2**20), ("head_size", 0),
+        ("head_size", 100), ("hidden", 2**62), ("precision", 3), ("precision", -1),
+    ],
+)  # fmt: skip
+def test_sizes_out_of_range(field, value):
+    sizes = Sizes(*BIG.key())
+    setattr(sizes, field, value)
+    assert Plan.bytes_of(sizes) == Workspace.bytes_of(sizes, 1) == -1
+    for make in (lambda: Plan(sizes), lambda: Workspace(sizes, 1)):
+        with pytest.raises(ValueError, match="sizes of this block overflow"):
+            make()
+
+
+def test_bytes_that_overflow():
+    sizes = Sizes(2**30, 2**20, 2**30, 60000, 128, 2**30, 1, 0)
+    assert Plan.bytes_of(sizes) == -1 and Workspace.bytes_of(sizes, 1) == -1
+    assert Workspace.bytes_of(BIG, 2**30) == -1 or Workspace.bytes_of(BIG, 2**30) > 2**50
+    for rows, window, threads in (
+        (0, 1, 1),
+        (-1, 1, 1),
+        (2**31, 1, 1),
+        (1, 0, 1),
+        (1, 1025, 1),
+        (1, 1, 0),
+        (1, 1, 5000),
+    ):
+        assert Workspace.bytes_of(BIG, rows, window, threads) == -1
+
+
+def test_a_closed_plan_or_workspace_is_refused():
+    case = small_case()
+    weights = inspect(case.block)
+    sizes = Sizes.of(case.block, weights, "fp32")
+    plan, space = Plan(sizes).pack(weights), Workspace(sizes, 3, window=21)
+    for closed, name in ((space, "workspace"), (plan, "plan")):
+        closed.close()
+        closed.close()
+        with pytest.raises(ValueError, match=f"this {name} is closed"):
+            run_pass(plan, space, case.z[:3], 0)
+    with pytest.raises(ValueError, match="this plan is closed"):
+        plan.pack(weights)
+
+
+def test_a_pass_that_does_not_fit_is_refused():
+    case = small_case()
+    weights = inspect(case.block)
+    sizes, other = Sizes.of(case.block, weights, "fp32"), Sizes.of(case.block, weights, "bf16")
+    plan, space = Plan(sizes).pack(weights), Workspace(sizes, 3, window=4)
+    z = case.z
+    for tokens, position in ((z[:4, :4], 0), (z[:3, :5], 0), (z[:3, :4], 18), (z[:3, :4], -1)):
+        with pytest.raises(ValueError, match="do not fit a workspace of 3 rows of 4 and 21 tokens"):
+            run_pass(plan, space, tokens, position)
+    with pytest.raises(ValueError, match="different sizes"):
+        run_pass(plan, Workspace(other, 3, window=4), z[:3, :4], 0)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_is_met_with_smaller_groups_and_the_same_bits():
+    case = small_case(B=9)
+    sizes = Sizes.of(case.block, inspect(case.block), "fp32")
+    one = Plan.bytes_of(sizes) + Workspace.bytes_of(sizes, 2)
+    expected, seen = run(case)[0], []
+    engine = Engine("fp32", memory_limit=one)
+    assert same_bits(engine.invert(*case, on_token=lambda: seen.append(1))[0], expected)
+    assert engine._workspace.rows == 2 and engine._plan.bytes + engine._workspace.bytes <= one
+    assert len(seen) == 20, "progress counts a block's tokens once, in however many groups"
+    with pytest.raises(MemoryError, match=rf"one row needs {one:,} bytes .* over the limit of {one - 1:,}$"):
+        run(case, memory_limit=one - 1)
+
+
+def test_the_model_takes_limit_and_precision():
+    model = random_flow(channels=64, num_classes=3)
+    noise, y = random_noise(model, 5), torch.arange(5) % 3
+    expected = model.reverse(noise, y, 1.0)
+    assert same_bits(model.reverse(noise, y, 1.0, memory_limit=10**6), expected)
+    assert not same_bits(model.reverse(noise, y, 1.0, precision="bf16"), expected)
+    assert model.sample(2, seed=1, precision="int8").isfinite().all()
+    with pytest.raises(MemoryError, match=r"over the limit of 1,000$"):
+        model.reverse(noise, y, memory_limit=1000)
+    with pytest.raises(ValueError, match="precision must be None or one of fp32, bf16, int8, got 'fp8'"):
+        model.reverse(noise, y, precision="fp8")
+    with pytest.raises(TypeError, match=r"memory_limit must be an int \(bytes\) or None, got str"):
+        model.reverse(noise, y, memory_limit="1 GB")
+
+
+GROWTH = """
+import json, torch
+torch.set_num_threads(2)
+from tarflow_fast.block import MetaBlock
+from tarflow_fast.inverse import Guidance
+from tarflow_fast.inverse.engine import Engine
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+block = MetaBlock(12, 768, 20, num_layers={layers}).eval()
+Engine("fp32").invert(MetaBlock(4, 64, 4), torch.zeros(2, 4, 4), None, Guidance())
+engine = Engine("{precision}")
+z = torch.randn({B}, 20, 12)
+before = resident()
+engine.invert(block, z, None, Guidance())
+print(json.dumps([engine._plan.bytes + engine._workspace.bytes, resident() - before]))
+"""
+
+
+@linux
+@pytest.mark.parametrize("precision, layers, B", [("fp32", 1, 300), ("bf16", 4, 8), ("int8", 4, 100)])
+def test_the_process_grows_by_the_bytes_stated(precision, layers, B):
+    done = run_python(GROWTH.format(precision=precision, layers=layers, B=B))
+    assert done.returncode == 0, done.stderr
+    stated, grown = json.loads(done.stdout)
+    assert stated > 20e6 and 0.9 * stated <= grown <= 1.1 * stated, (stated, grown)
+
+
+@linux
+def test_nothing_leaks():
+    case = small_case(num_tokens=3)
+
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(50):
+        run(case)
+    before = resident()
+    for _ in range(1000):
+        run(case)
+    assert resident() - before < 1 << 20
+
+
+# ---- threads, signals, forks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads_each", [1, 2])
+def test_two_threads_invert_at_once(threads_each, threads):
+    threads(threads_each)
+    cases = [small_case(seed, num_tokens=12) for seed in range(4)]
+    expected, wrong = [run(case)[0] for case in cases], []
+
+    def work(numbers):
+        for _ in range(6):
+            wrong.extend(k for k in numbers if not same_bits(run(cases[k])[0], expected[k]))
+
+    workers = [threading.Thread(target=work, args=([k, k + 1],)) for k in (0, 2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+INTERRUPTED = """
+import os, signal, threading, time, torch
+torch.set_num_threads(2)
+from tarflow_fast.block import MetaBlock
+from tarflow_fast.inverse import Guidance
+from tarflow_fast.inverse.engine import Engine
+block, engine = MetaBlock(12, {C}, {T}, num_layers={L}).eval(), Engine("fp32")
+z = torch.randn({B}, {T}, 12)
+sent = []
+def interrupt():
+    sent.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+waited = []
+for delay in (0.5, 0.8, 0.3):
+    timer = threading.Timer(delay, interrupt)
+    try:
+        timer.start()
+        while True:
+            engine.invert(block, z, None, Guidance())
+    except KeyboardInterrupt:
+        waited.append(time.monotonic() - sent[-1])
+    timer.join()
+print(min(waited), max(waited))
+"""
+
+
+@pytest.mark.parametrize("C, T, L, B", [(768, 64, 2, 24), (128, 512, 4, 16)])  # columns and rows over the threads
+def test_ctrl_c_is_answered_within_a_fifth_of_a_second(C, T, L, B):
+    done = run_python(INTERRUPTED.format(C=C, T=T, L=L, B=B))
+    assert done.returncode == 0, done.stderr
+    fastest, slowest = map(float, done.stdout.split())
+    assert fastest < 0.2 and slowest < 1.0, "the slowest has room for a machine that is busy with other work"
+
+
+FORKED = """
+import os, sys, torch
+torch.set_num_threads(2)
+from tarflow_fast.block import MetaBlock
+from tarflow_fast.inverse import Guidance
+from tarflow_fast.inverse.engine import Engine
+from tarflow_fast.inverse.plan import Workspace
+torch.manual_seed(0)
+block = MetaBlock(12, 128, 16, num_layers=2).eval()
+torch.nn.init.normal_(block.proj_out.weight, std=0.02)
+z, engine = torch.randn(8, 16, 12), Engine("fp32")
+expected = engine.invert(block, z, None, Guidance())[0]
+child = os.fork()
+if child == 0:
+    try:
+        engine.invert(block, z, None, Guidance())
+        os._exit(2)
+    except RuntimeError as error:
+        if "was made before a fork" not in str(error):
+            os._exit(3)
+    os._exit(0 if torch.equal(Engine("fp32").invert(block, z, None, Guidance())[0], expected) else 4)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@linux
+def test_a_forked_child_refuses_what_it_inherited_and_works_by_itself():
+    done = run_python(FORKED, timeout=60)
+    assert done.stdout.strip() == "0", (done.stdout, done.stderr)
+
+
+@linux
+def test_threads_sleep_after_the_call(threads):
+    """Nothing of the engine goes on spinning; OpenMP's own workers may, for some milliseconds."""
+    threads(2)
+    run(small_case())
+    time.sleep(0.3)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.05
+
+
+def test_more_threads_than_cores_still_finish(threads):
+    case = small_case()
+    threads(2)
+    expected = run(case)[0]
+    threads(16)
+    assert same_bits(run(case)[0], expected)
+
+
+def test_progress_counts_every_token_once():
+    model = TarFlow(1, 8, 2, 64, 2, 1)
+    seen = []
+    from tarflow_fast.inverse import Guidance, invert_block
+
+    for block in model.blocks:
+        invert_block(block, torch.randn(3, 16, 4), None, Guidance(), on_token=lambda: seen.append(1))
+    assert len(seen) == 2 * 15
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
