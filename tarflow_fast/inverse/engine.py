@@ -4,9 +4,9 @@ Each call returns within about 50 ms, so that Ctrl-C and progress work. Precisio
 
     fp32   weights, products and cache float32
     bf16   weights, products and cache bfloat16, accumulated in float32
-    int8   weights int8 with a scale per output channel (proj_in and proj_out float32), activations float32, cache bf16
+    int8   weights int8 with a scale per output channel, activations float32, cache bfloat16
 
-Residual stream, normalisation, softmax, GELU, exp and log-det are float32 in all three.
+proj_in, proj_out, residual stream, normalisation, softmax, GELU, exp and log-det are float32 in all three.
 """
 
 from __future__ import annotations

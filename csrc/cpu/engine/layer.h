@@ -41,7 +41,7 @@ struct Stages {
     typedef typename QueryOf<Cache>::Type Query;
 
     // Panels `mine` of m applied to the activation rows of the team, a block of rows at a time; load(begin, end) gives
-    // a block's operands, done(tile) takes the results.
+    // a block's operands (of the matrix's kind), done(tile) takes the results.
     template <class Load, class Done>
     static void product(const Pass& p, const Matrix& m, Range mine, int64_t operand_stride, Load load, Done done) {
         if (mine.size() <= 0) return;
@@ -50,7 +50,7 @@ struct Stages {
         for (int64_t b = 0; b < blocks; ++b) {
             const Range block = share(count, b, blocks);
             const int64_t begin = first + block.begin;
-            const Operand* operands = load(begin, begin + block.size());
+            const void* operands = load(begin, begin + block.size());
             matmul(m, operands, operand_stride, begin, block.size(), mine.begin, mine.end, p.scratch.y,
                    [](void* context, const Tile& tile) { (*static_cast<Done*>(context))(tile); }, &done);
         }
@@ -65,19 +65,13 @@ struct Stages {
                 f(load(tile.y + r * PANEL + c), tile.row + r, first + c, end - c < W ? int(end - c) : W);
     }
 
-    template <class F>
-    static void put(Operand* y, int64_t n, F f) {
-        store_row(y, n, f);
-        store(y + n, zero(), 1);  // the second of the last pair when n is odd
-    }
-
     static Operand* normalised(const Pass& p, const Norm& norm, int64_t begin, int64_t end) {
         const int64_t C = p.plan.shape.C;
         Operand* y = static_cast<Operand*>(p.scratch.operands);
         for (int64_t m = begin; m < end; ++m) {
             Operand* row = y + (m - begin) * stride(C);
             layer_norm(p.space.h + m * stride(C), norm.gain, norm.shift, C, row);
-            store(row + C, zero(), 1);
+            store(row + C, zero(), 1);  // the second of the last pair when C is odd
         }
         return y;
     }
@@ -85,12 +79,11 @@ struct Stages {
     // h = proj_in(token) + pos_embed + class_embed
     static void embed(const Pass& p, const Tokens& tokens) {
         const Shape& s = p.plan.shape;
-        Operand* y = static_cast<Operand*>(p.scratch.operands);
+        float* y = static_cast<float*>(p.scratch.operands);
         const auto load_tokens = [&](int64_t begin, int64_t end) {
             for (int64_t m = begin; m < end; ++m) {
                 const int64_t row = p.row_of(m);
-                const float* token = tokens.at(row, m - row * p.window);
-                put(y + (m - begin) * stride(s.D), s.D, [=](int64_t k, int n) { return load_part(token + k, n); });
+                memcpy(y + (m - begin) * stride(s.D), tokens.at(row, m - row * p.window), size_t(s.D) * sizeof(float));
             }
             return y;
         };
@@ -208,14 +201,7 @@ struct Stages {
     // ab = proj_out(h)
     static void project_out(const Pass& p) {
         const Shape& s = p.plan.shape;
-        Operand* y = static_cast<Operand*>(p.scratch.operands);
-        const auto load_rows = [&](int64_t begin, int64_t end) {
-            for (int64_t m = begin; m < end; ++m) {
-                const float* h = p.space.h + m * stride(s.C);
-                put(y + (m - begin) * stride(s.C), s.C, [=](int64_t k, int n) { return load_part(h + k, n); });
-            }
-            return y;
-        };
+        const auto load_rows = [&](int64_t begin, int64_t) { return p.space.h + begin * stride(s.C); };
         product(p, p.plan.out, p.team.mine(panels(s.out)), stride(s.C), load_rows, [&](const Tile& tile) {
             each(tile, s.out, [&](vf y, int64_t m, int64_t c, int n) {
                 float* ab = p.space.ab + m * stride(s.out) + c;

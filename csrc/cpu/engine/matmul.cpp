@@ -20,7 +20,8 @@ constexpr int columns_of(int M) {
 struct MathF32 {
     typedef float Operand;
     typedef float Weight;
-    static constexpr int INPUTS = 1, RUN = 64;
+    static constexpr int INPUTS = 1, RUN = 32;
+    static constexpr int64_t AHEAD = 0;
 
     template <int M, int V>
     static inline __attribute__((always_inline)) void step(vf (&sum)[M][V], const Operand* a, int64_t stride,
@@ -41,6 +42,7 @@ struct MathBf16 {
     typedef PrecisionBf16::Operand Operand;
     typedef uint16_t Weight;
     static constexpr int INPUTS = 2, RUN = 64;
+    static constexpr int64_t AHEAD = 0;
 
     template <int M, int V>
     static inline __attribute__((always_inline)) void step(vf (&sum)[M][V], const Operand* a, int64_t stride,
@@ -78,7 +80,8 @@ struct MathBf16 {
 struct MathInt8 {
     typedef float Operand;
     typedef int8_t Weight;
-    static constexpr int INPUTS = 1, RUN = 64;
+    static constexpr int INPUTS = 1, RUN = 32;
+    static constexpr int64_t AHEAD = 8192;  // bytes; a row of weights is one line, too slow for the machine's own guess
 
     static inline vf widen(const int8_t* w) {
 #if defined(__AVX512F__)
@@ -115,12 +118,11 @@ struct Ends {
 };
 
 // One row tile of one panel over one chunk. LINES: cache lines from `ahead` on fetched every step, weights that will be
-// needed next; tiles after the first find their weights in the cache, and would leave the memory idle.
+// needed next: tiles after the first find their own in the cache, and would leave the memory idle.
 template <class Math, int M, int LINES>
 void tile(const void* operands, int64_t stride, const void* weights, int64_t steps, const Ends& ends, float* y,
           const char* ahead) {
     constexpr int V = columns_of(M);
-    const auto* a0 = static_cast<const typename Math::Operand*>(operands);
     for (int column = 0; column < PANEL; column += V * W) {
         const auto* w = static_cast<const typename Math::Weight*>(weights) + column * Math::INPUTS;
         const auto* a = static_cast<const typename Math::Operand*>(operands);
@@ -189,9 +191,11 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
                 const int64_t begin = rows * t / tiles, height = rows * (t + 1) / tiles - begin;
                 const char* ahead = next + lines * t / tiles * 64;
                 const int64_t each = lines / tiles / steps;
-                const TileOf run = tiles == 1  ? choose<Math, 0>(height)
-                                   : each >= 2 ? choose<Math, 2>(height)
-                                               : choose<Math, 1>(height);
+                TileOf run = each >= 2 ? choose<Math, 2>(height) : choose<Math, 1>(height);
+                if (tiles == 1) {  // it meets its weights first, in order: the machine fetches ahead by itself
+                    run = choose<Math, Math::AHEAD ? 1 : 0>(height);
+                    ahead = reinterpret_cast<const char*>(w) + Math::AHEAD;
+                }
                 run(a + begin * stride + k, stride, w, steps, ends, y + begin * PANEL, ahead);
             }
         }

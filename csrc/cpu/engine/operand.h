@@ -5,7 +5,7 @@
 //          stored as bf16 and denormal operands count as 0; elsewhere the same rounded values are stored as floats
 //   int8   weights int8 with a scale for each output column, operands fp32, cache bf16
 //
-// Embedding (proj_in), residual stream, statistics, softmax, GELU, exp and log-det are fp32 throughout.
+// proj_in, proj_out, residual stream, statistics, softmax, GELU, exp and log-det are fp32 in all three.
 #pragma once
 #include "sizes.h"
 #include "../vec.h"

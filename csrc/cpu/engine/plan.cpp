@@ -23,8 +23,8 @@ void place(Arena& arena, Plan& plan) {
     const Storage storage = s.precision == TF_PRECISION_FP32   ? STORE_F32
                             : s.precision == TF_PRECISION_BF16 ? STORE_BF16
                                                                : STORE_INT8;
-    // The two ends touch the tokens themselves and are a small part of the bytes: int8 spares them.
-    const Storage ends = storage == STORE_INT8 ? STORE_F32 : storage;
+    // The two ends touch the tokens themselves, and are a small part of the bytes: they stay fp32.
+    const Storage ends = STORE_F32;
     plan.layers = arena.take<Layer>(s.L);
     plan.pos = arena.take<float>(Bytes{s.T, false} * s.C);
     place(arena, plan.in, ends, s.D, panels(s.C));

@@ -20,7 +20,7 @@ void place(Arena& arena, Workspace& w) {
     Scratch counted;
     for (int t = 0; t < w.threads; ++t) {
         Scratch& scratch = arena.base ? w.scratch[t] : counted;
-        scratch.operands = arena.take<char>(Bytes{block, false} * widest * operand);
+        scratch.operands = arena.take<float>(Bytes{block, false} * widest);
         scratch.y = arena.take<float>(block * PANEL);
         scratch.attention = arena.take<float>(attention_scratch(w.window, s.Ep, s.Tp));
         arena.take<char>(int64_t(128));  // no two threads share a line, nor the pair a processor fetches

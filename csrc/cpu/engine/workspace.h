@@ -6,7 +6,7 @@ namespace tf::TF_ISA {
 
 // What one thread alone writes.
 struct Scratch {
-    void* operands;    // [min(rows, ROW_BLOCK)][stride(C)]: a normalised block of rows, or of tokens
+    void* operands;    // [min(rows, ROW_BLOCK)][stride(C or D)]: a block of rows normalised, or of tokens
     float* y;          // [ROW_BLOCK][PANEL]
     float* attention;  // attention_scratch()
 };
