@@ -6,7 +6,7 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench gpu lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tarflow-fast demo $(ARGS)
@@ -17,6 +17,10 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# no install: torch, triton, numpy, pytest and safetensors of $(PYTHON), on a machine with a GPU
+gpu:
+	$(PYTHON) bench/gpu.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/pip install -q ruff==0.17.6
@@ -32,7 +36,7 @@ $(VENV)/.torch:
 	$(BIN)/pip install -q "$(TORCH)"
 	touch $@
 
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -q -e ".[demo]"

@@ -1,8 +1,11 @@
-"""Builds csrc/cpu into tarflow_fast/_tarflow_cpu.so: C++17 and nothing else, every file once per instruction set.
+"""Builds csrc/cpu into tarflow_fast/_tarflow_cpu.so: C++17 and nothing else, every file once per instruction set. Where
+nvcc is found, csrc/cuda into tarflow_fast/_tarflow_cuda.so.
 
 CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   as everywhere
 TARFLOW_FAST_REQUIRE_NATIVE=1      a failed build fails the install; otherwise it is written to build_report.json, which
                                    `tarflow-fast info` shows, and PyTorch does the work
+TARFLOW_FAST_CUDA=0 or 1           do not build the CUDA library, or fail the install where that fails
+NVCC                               the CUDA compiler to use
 """
 
 import json
@@ -23,15 +26,23 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-LIBRARY, REPORT = "_tarflow_cpu.so", "build_report.json"
+LIBRARY, CUDA_LIBRARY, REPORT = "_tarflow_cpu.so", "_tarflow_cuda.so", "build_report.json"
 COMMON = ["csrc/cpu/dispatch.cpp"]  # compiled once, for the plain machine; every other file once per instruction set
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/**/*.cpp"))
+CUDA_SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu"))
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h") if "cuda" not in path.parts)
 
 # No contraction: a * b + c rounds twice unless the code says fma, so that every compiler gives the same bits.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-fstack-protector-strong", "-Wall", "-Wextra"]
 LINK_FLAGS = ["-shared"] + (["-Wl,-z,relro,-z,now,-z,noexecstack,--as-needed"] if sys.platform == "linux" else [])
+
+# A100 and H100/H200, and PTX for what comes after. The runtime is linked in: torch brings one of its own, and both use
+# the same context.
+CUDA_FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-cudart", "static"]
+CUDA_FLAGS += ["--threads", "2"]
+for code in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"):
+    CUDA_FLAGS += ["-gencode", code]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -73,8 +84,11 @@ class BuildNative(build_ext):
             report["error"] = str(error)
             raise CompileError(f"tarflow_fast: the native library was not built: {error}") from error
         finally:
+            report["cuda"] = build_cuda(library.with_name(CUDA_LIBRARY))
             report["seconds"] = round(time.perf_counter() - started, 1)
             (library.parent / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        if os.environ.get("TARFLOW_FAST_CUDA") == "1" and not report["cuda"]["ok"]:
+            raise RuntimeError(f"tarflow_fast: the CUDA library was not built: {report['cuda']['error']}")
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
@@ -83,12 +97,16 @@ class BuildNative(build_ext):
         shutil.copyfile(built / REPORT, package / REPORT)
         if not (built / LIBRARY).exists():
             (package / LIBRARY).unlink(missing_ok=True)
+        (package / CUDA_LIBRARY).unlink(missing_ok=True)
+        if (built / CUDA_LIBRARY).exists():
+            shutil.copyfile(built / CUDA_LIBRARY, package / CUDA_LIBRARY)
 
     def get_outputs(self):
-        return [path for path in [*super().get_outputs(), *self._reports()] if os.path.exists(path)]
+        return [path for path in [*super().get_outputs(), *self._beside()] if os.path.exists(path)]
 
-    def _reports(self):
-        return [os.path.join(os.path.dirname(self.get_ext_fullpath(ext.name)), REPORT) for ext in self.extensions]
+    def _beside(self):
+        folders = [os.path.dirname(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
+        return [os.path.join(folder, name) for folder in folders for name in (REPORT, CUDA_LIBRARY)]
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -138,6 +156,27 @@ def compile_library(library, temp, report):
             ]
     temp.mkdir(parents=True, exist_ok=True)
     build(compiler, units, link, library.resolve(), temp)
+
+
+def build_cuda(library):
+    """Compiles the CUDA library, or says why not; it is optional, and nothing here raises."""
+    report = {"ok": False, "error": None}
+    library.unlink(missing_ok=True)
+    started = time.perf_counter()
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    try:
+        if os.environ.get("TARFLOW_FAST_CUDA") == "0":
+            raise RuntimeError("TARFLOW_FAST_CUDA=0 left it out")
+        if not nvcc:
+            raise RuntimeError("nvcc was not found")
+        report["nvcc"] = run([nvcc, "--version"]).strip().splitlines()[-1]
+        report["flags"] = shlex.join(CUDA_FLAGS)
+        run([nvcc, *CUDA_FLAGS, *CUDA_SOURCES, "-o", str(library.resolve())])
+        report["ok"] = True
+    except (OSError, RuntimeError) as error:
+        report["error"] = str(error)
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    return report
 
 
 def find_compiler():

@@ -35,10 +35,11 @@ class ImprovedSampler:
         C, L = model.blocks[0].pos_embed.size(1), len(model.blocks[0].attn_blocks)
         H = C // 64
         R = 2 * B if guidance > 0 else B
-        scale = torch.full((R, 1, 1, 1), 64**-0.5)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        scale = torch.full((R, 1, 1, 1), 64**-0.5, dtype=dtype, device=x.device)
         if guidance > 0:
             scale[B:] /= attn_temp
-        cache = torch.empty(2, L, R, H, T, C // H)
+        cache = torch.empty(2, L, R, H, T, C // H, dtype=dtype, device=x.device)
         tokens = x * model.var.sqrt()
         for block in reversed(model.blocks):
             order = range(T - 1, -1, -1) if block.flip else range(T)

@@ -8,10 +8,12 @@ GFLOP/s     likewise, and their share of the arithmetic peak of the format
 error       the largest |x - x64| against the float64 reference
 """
 
+import time
+
 import pytest
 import torch
 from cost import inverse_cost, weights_in_memory
-from interleave import Interleaved, timed
+from interleave import Interleaved
 from peaks import peaks
 from peers import ImprovedSampler
 from truth import Truth
@@ -61,9 +63,11 @@ def test_block_inverse(case, full, table, benchmark):
     }
     improved, compiled = ImprovedSampler(reference), ImprovedSampler(reference, compiled=True)
 
-    errors, seconds = {}, {}
+    errors, one_round = {}, 0.0
     for variant, run in variants.items():  # the first call also compiles and warms up
+        start = time.perf_counter()
         images = run()
+        one_round += time.perf_counter() - start
         assert images.isfinite().all(), variant
         errors[variant] = truth.error(images, model.patchify)
     scale = truth.tokens.abs().max().item()
@@ -72,8 +76,7 @@ def test_block_inverse(case, full, table, benchmark):
         assert errors[precision] <= allowed, f"{precision}: error {errors[precision]:.3g}, allowed {allowed:.3g}"
 
     measured = Interleaved(variants)
-    one_round = sum(timed(run) for run in variants.values())
-    rounds = max(2 if one_round > 60 else 3, min(20, int((60 if full else 8) / one_round)))
+    rounds = 1 if one_round > 150 else 2 if one_round > 75 else max(3, min(20, int((40 if full else 8) / one_round)))
     benchmark.group = name_of(case)
     benchmark.pedantic(variants["fp32"], setup=lambda: measured.run_round(without="fp32"), rounds=rounds, iterations=1)
     measured.seconds["fp32"] = list(benchmark.stats.stats.data)

@@ -3,7 +3,8 @@
     h = proj_in(x) + pos_embed + class_embed[y];   L times  h += proj(attention(LN(h))),  h += fc2(GELU(fc1(LN(h))))
     (a, b) = halves of proj_out(h)                                              (arXiv 2412.06329, section 2)
 
-The submodules are called as modules, so that adapters, hooks and quantized layers put inside keep working.
+The submodules are called as modules, so that adapters, hooks and quantized layers put inside keep working. GPUs compute
+a layer that has none of those by the fused ops (tarflow_fast/fused.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tarflow_fast.fused import fused_layer, takes_fused_layer
 from tarflow_fast.ops import affine
 
 if TYPE_CHECKING:
@@ -76,7 +78,10 @@ class AttentionBlock(nn.Module):
         self.attention = Attention(channels, head_size)
         self.mlp = MLP(channels, expansion)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, backend: str = "auto") -> Tensor:
+        """All tokens at once. h, result: (B, T, C); backend: which kernels to use, see `tarflow_fast.ops`."""
+        if takes_fused_layer(self, h, backend):
+            return fused_layer(self, h, backend)
         h = h + self.attention(h)
         return h + self.mlp(h)
 
@@ -153,7 +158,7 @@ class MetaBlock(nn.Module):
         tokens, pos_embed = (x.flip(1), self.pos_embed.flip(0)) if self.flip else (x, self.pos_embed)
         h = self.embed(tokens, pos_embed, self.class_embedding(y))
         for layer in self.attn_blocks:
-            h = layer(h)
+            h = layer(h, backend) if type(layer) is AttentionBlock else layer(h)
         z, log_det = affine(x, self.proj_out(h), flip=self.flip, backend=backend)
         return z, log_det / (x.size(1) * x.size(2))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tarflow_fast.block import HEAD_SIZE, MetaBlock
 from tarflow_fast.checkpoint import CheckpointMixin
@@ -222,7 +223,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         T, K = self.num_tokens, len(self.blocks)
         with (
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
-            tqdm(total=K * (T - 1), desc="reverse", unit="token", disable=not progress, leave=False) as bar,
+            _progress_bar(K * (T - 1)) if progress else nullcontext() as bar,
         ):
             call = InverseCall(self.backend, precision, differentiable, memory_limit)
             stages = [x]
@@ -301,6 +302,12 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config.items())
+
+
+def _progress_bar(tokens: int) -> Any:
+    from tqdm.auto import tqdm  # only here, so that a bare machine samples without it
+
+    return tqdm(total=tokens, desc="reverse", unit="token", leave=False)
 
 
 def _report_nonfinite(stages: list[Tensor], blocks: list[MetaBlock], policy: str) -> None:

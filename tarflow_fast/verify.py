@@ -12,6 +12,7 @@ import torch
 from tarflow_fast.ops import affine, affine_ref
 from tarflow_fast.ops.affine import DTYPES
 from tarflow_fast.ops.registry import BACKENDS, OPS
+from tarflow_fast.verify_layer import verify_layer
 from tarflow_fast.verify_model import verify_model
 
 __all__ = ["SUITES", "Row", "error_and_bound", "run", "verify_ops"]
@@ -111,4 +112,4 @@ def _affine_and_gradients(
 
 
 # What `run` runs, in order: each takes a device and gives rows.
-SUITES: list[Callable[[str], list[Row]]] = [verify_ops, verify_model]
+SUITES: list[Callable[[str], list[Row]]] = [verify_ops, verify_layer, verify_model]

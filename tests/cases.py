@@ -42,3 +42,71 @@ def affine_inputs(case, dtypes=(torch.float32, torch.float32), device="cpu"):
     sums = torch.float64 if dtypes[0] == torch.float64 else torch.float32
     kinds = (dtypes[0], dtypes[1], dtypes[0], sums)
     return tuple(tensor.to(kind).to(device) for tensor, kind in zip((x, ab, dz, dlog_det), kinds, strict=True))
+
+
+class AttentionCase(NamedTuple):
+    B: int
+    T: int
+    H: int
+    E: int
+    temperature: float = 1.0
+
+    def __str__(self):
+        return f"{self.B}x{self.T}x{self.H}x{self.E}" + (f"-at{self.temperature}" if self.temperature != 1 else "")
+
+
+ATTENTION_CASES = [
+    AttentionCase(0, 5, 2, 16),
+    AttentionCase(1, 2, 3, 16, 0.5),
+    AttentionCase(2, 17, 1, 32),
+    AttentionCase(1, 64, 1, 64, 1.5),  # whole tiles
+    AttentionCase(1, 70, 1, 128),
+    AttentionCase(1, 130, 1, 64),  # two tiles of the largest size, ragged
+]
+
+
+def attention_inputs(case, dtype=torch.float32, device="cpu"):
+    """(qkv, dout): qkv (B, T, 3, H, E) with logits of a few units, dout (B, T, H, E)."""
+    B, T, H, E, _ = case
+    qkv = 1.5 * torch.randn(B, T, 3, H, E, dtype=torch.float64)
+    return qkv.to(dtype).to(device), torch.randn(B, T, H, E, dtype=torch.float64).to(dtype).to(device)
+
+
+class RowsCase(NamedTuple):
+    """Rows of N numbers, `shape` of them: for layer_norm, bias_gelu, bias_residual."""
+
+    shape: tuple[int, ...]
+    N: int
+
+    def __str__(self):
+        return "x".join(map(str, (*self.shape, self.N)))
+
+
+ROWS_CASES = [
+    RowsCase((0,), 5),
+    RowsCase((2, 0), 64),
+    RowsCase((), 3),
+    RowsCase((3,), 1),
+    RowsCase((2, 5), 17),
+    RowsCase((2, 3), 64),
+    RowsCase((1, 7), 600),  # more than one tile across
+    RowsCase((1200,), 5),  # several tiles a program in sums over rows
+]
+ROWS_DTYPES = [  # of (rows, parameters, residual stream or result)
+    (torch.float64, torch.float64, torch.float64),
+    (torch.float32, torch.float32, torch.float32),
+    (torch.float16, torch.float32, torch.float32),
+    (torch.float16, torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+]
+
+
+def rows_inputs(case, dtypes, device="cpu"):
+    """(x, weight, bias, residual, dout): rows far from 0 now and then, as a residual stream is."""
+    rows, parameters, stream = dtypes
+    x, residual, dout = (torch.randn(*case.shape, case.N, dtype=torch.float64) for _ in range(3))
+    x[..., ::7] *= 5
+    weight, bias = 1 + 0.3 * torch.randn(case.N, dtype=torch.float64), torch.randn(case.N, dtype=torch.float64)
+    kinds = (rows, parameters, parameters, stream, stream)
+    return tuple(t.to(kind).to(device) for t, kind in zip((x, weight, bias, residual, dout), kinds, strict=True))

@@ -8,6 +8,7 @@ import torch
 from cases import AFFINE_CASES, AffineCase, affine_inputs
 from compare import assert_accurate, same_bits
 
+from tarflow_fast import native_cuda
 from tarflow_fast.ops import affine, affine_ref
 from tarflow_fast.ops.affine import _OP, DTYPES, affine_backward_ref
 
@@ -25,6 +26,7 @@ def pytest_generate_tests(metafunc):
         names = ["cpu"]
     else:
         names = {"cpu": ["torch", "cpu"], "cuda": ["torch", "triton"]}[metafunc.config.getoption("--device")]
+        names += [] if names[1] == "cpu" or native_cuda.missing() else ["cuda"]
     metafunc.parametrize("backend", names)
 
 
@@ -305,7 +307,7 @@ ERRORS = [
         RuntimeError,
         "affine: backend 'triton' cannot run: it needs GPU tensors, or TRITON_INTERPRET=1 for CPU tensors, got cpu",
     ),
-    ((X, AB, False, "cuda"), RuntimeError, "affine: backend 'cuda' cannot run: affine has no cuda kernel"),
+    ((X, AB, False, "cuda"), RuntimeError, "affine: backend 'cuda' cannot run: it needs GPU tensors, got cpu"),
 ]
 
 

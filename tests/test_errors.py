@@ -45,8 +45,8 @@ CALLS = [
         ValueError,
         "TarFlow: backend must be one of auto, torch, cpu, triton, cuda, got 'gpu'",
     ),
-    (lambda: asked_for("triton"), RuntimeError, "affine: backend 'triton' cannot run: " + WITHOUT_GPU),
-    (lambda: asked_for("cuda"), RuntimeError, "affine: backend 'cuda' cannot run: affine has no cuda kernel"),
+    (lambda: asked_for("triton"), RuntimeError, "layer_norm: backend 'triton' cannot run: " + WITHOUT_GPU),
+    (lambda: asked_for("cuda"), RuntimeError, "affine: backend 'cuda' cannot run: it needs GPU tensors, got cpu"),
     # images
     (lambda: MODEL([1.0]), TypeError, "forward: x must be a torch.Tensor, got list"),
     (lambda: MODEL(X[0]), ValueError, "forward: x must have shape (B, 1, 8, 8), got (1, 8, 8)"),

@@ -18,8 +18,12 @@ TESTS = Path(__file__).parent
 BEST = native.isa()
 
 
-def run_marked(marker, **environment):
-    files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if f"mark.{marker}\n" in path.read_text()]
+def marked(marker):
+    return [path.name for path in sorted(TESTS.glob("test_*.py")) if f"mark.{marker}\n" in path.read_text()]
+
+
+def run_marked(marker, names, **environment):
+    files = [str(TESTS / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:xdist", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command,
@@ -42,9 +46,10 @@ def test_every_isa(isa):
         pytest.skip(f"this machine cannot run {isa}")
     if isa == BEST:
         pytest.skip(f"{isa} is what all other tests use")
-    run_marked("every_isa", TARFLOW_CPU_ISA=isa)
+    run_marked("every_isa", marked("every_isa"), TARFLOW_CPU_ISA=isa)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_interpreter():
-    run_marked("interpreter", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("name", marked("interpreter"))
+def test_interpreter(name):
+    run_marked("interpreter", [name], TRITON_INTERPRET="1")

@@ -11,20 +11,26 @@ triton = pytest.importorskip("triton")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
-def compile_kernel(kernel, arch, pointers, integers, constants, num_warps=4):
-    """The compiled kernel. pointers: {argument: "fp32" | "bf16" | ...}, all 16-byte aligned, as torch allocates."""
+def compile_kernel(kernel, arch, pointers, integers, constants, num_warps=4, num_stages=3, floats=(), aligned=()):
+    """The compiled kernel. pointers: {argument: "fp32" | "bf16" | ...}, all 16-byte aligned, as torch allocates;
+    aligned: the integers that are multiples of 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    types = {name: "*" + kind for name, kind in pointers.items()} | dict.fromkeys(integers, "i32")
+    types = (
+        {name: "*" + kind for name, kind in pointers.items()}
+        | dict.fromkeys(integers, "i32")
+        | dict.fromkeys(floats, "fp32")
+    )
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *aligned)},
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def resources(compiled, folder):

@@ -7,9 +7,8 @@ and D alone and no two programs write one address: the bits depend neither on th
 import torch
 import triton
 import triton.language as tl
-
-TILE = 2048  # elements a program: 16 a thread at 4 warps, no spills on sm_80 and sm_90 in fp32
-NUM_WARPS = 4
+from tarflow_fast.kernels.triton.tuning import AFFINE_TILE as TILE
+from tarflow_fast.kernels.triton.tuning import AFFINE_WARPS as NUM_WARPS
 
 
 def tile(D):

@@ -43,21 +43,21 @@ class _Refused(Exception):
     pass
 
 
-def why_not(block: MetaBlock) -> str:
-    """Why the engine cannot invert this block; "" when it can."""
-    found = inspect(block)
+def why_not(block: MetaBlock, device: str = "cpu") -> str:
+    """Why the engine of that kind of device cannot invert this block; "" when it can."""
+    found = inspect(block, device)
     return found if isinstance(found, str) else ""
 
 
-def inspect(block: MetaBlock) -> Weights | str:
+def inspect(block: MetaBlock, device: str = "cpu") -> Weights | str:
     """The block's weights, or why the engine cannot take it. Looks at every module and parameter, every time."""
     try:
-        return _inspect(block)
+        return _inspect(block, device)
     except _Refused as refused:
         return str(refused)
 
 
-def _inspect(block: MetaBlock) -> Weights:
+def _inspect(block: MetaBlock, device: str) -> Weights:
     from tarflow_fast.block import MLP, Attention, AttentionBlock, MetaBlock
 
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
@@ -98,8 +98,8 @@ def _inspect(block: MetaBlock) -> Weights:
             continue
         if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             raise _Refused(f"a parameter is a {type(tensor).__name__}")
-        if (tensor.dtype, tensor.layout) != alike or not tensor.is_cpu:
-            raise _Refused(f"a parameter is {tensor.dtype} on {tensor.device}, pos_embed {pos_embed.dtype} on cpu")
+        if (tensor.dtype, tensor.layout) != alike or tensor.device.type != device:
+            raise _Refused(f"a parameter is {tensor.dtype} on {tensor.device}, pos_embed {pos_embed.dtype} on {device}")
     whole = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
     return Weights(whole, head_size, hidden, len(layers))
 

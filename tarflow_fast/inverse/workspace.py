@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
     from tarflow_fast.inverse.engine import Engine
+    from tarflow_fast.inverse.graph import GraphWorkspace
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -20,7 +21,7 @@ class InverseCall:
 
     Args:
         backend: of the op `block_inverse`.
-        precision: 'fp32', 'bf16', 'int8' (the native CPU engine's), or None: that of the parameters, or of autocast.
+        precision: 'fp32', 'bf16', 'int8' (native CPU engine only), or None: that of the parameters, or of autocast.
         differentiable: keep an autograd graph.
         memory_limit: bytes the native engine may take; None: most of what the machine has left.
     """
@@ -40,6 +41,7 @@ class InverseCall:
         self.memory_limit = memory_limit
         self._kv_cache: KVCache | None = None
         self._engine: Engine | None = None
+        self.graph: GraphWorkspace | None = None
 
     def kv_cache(self, block: MetaBlock, z: Tensor) -> KVCache:
         """The cache of the PyTorch path."""

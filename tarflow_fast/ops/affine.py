@@ -7,7 +7,7 @@ p(i) = i, or T-1-i when flip: x and z keep the order of the tokens, ab has the o
 
 import torch
 
-from tarflow_fast import native
+from tarflow_fast import native, native_cuda
 from tarflow_fast.ops import checks
 from tarflow_fast.ops.registry import (
     LIBRARY,
@@ -147,6 +147,22 @@ def _backward_triton(dz: torch.Tensor, dlog_det: torch.Tensor, x: torch.Tensor, 
     return dx, dab
 
 
+def _forward_cuda(x: torch.Tensor, ab: torch.Tensor, flip: bool) -> Pair:
+    x, ab = x.contiguous(), ab.contiguous()
+    z, log_det = _empty(x, ab)
+    bytes_needed = native_cuda.library().tf_cuda_affine_scratch(*x.shape)
+    scratch = torch.empty(bytes_needed, dtype=torch.uint8, device=x.device)
+    native_cuda.call("tf_cuda_affine_forward", x, x, ab, z, log_det, scratch, *_sizes(x, ab, flip)[:-1])
+    return z, log_det
+
+
+def _backward_cuda(dz: torch.Tensor, dlog_det: torch.Tensor, x: torch.Tensor, ab: torch.Tensor, flip: bool) -> Pair:
+    dz, dlog_det, x, ab = dz.contiguous(), dlog_det.contiguous(), x.contiguous(), ab.contiguous()
+    dx, dab = x.new_empty(x.shape), ab.new_empty(ab.shape)
+    native_cuda.call("tf_cuda_affine_backward", x, dz, dlog_det, x, ab, dx, dab, *_sizes(x, ab, flip)[:-1])
+    return dx, dab
+
+
 _OP = register(
     Op(
         "affine",
@@ -154,8 +170,9 @@ _OP = register(
             "torch": Backend(affine_ref, affine_backward_ref),
             "cpu": Backend(_forward_cpu, _backward_cpu, native.reason, cpu_refuses),
             "triton": Backend(_forward_triton, _backward_triton, triton_missing, triton_refuses),
+            "cuda": Backend(_forward_cuda, _backward_cuda, native_cuda.missing, native_cuda.refuses),
         },
-        auto={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+        auto={"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")},
     )
 )
 

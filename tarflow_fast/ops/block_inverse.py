@@ -7,6 +7,7 @@ p(i) = i, or T-1-i when the block is flipped. The last token needs no pass of th
 
 backend "torch"  one token after another through the block's own modules, any device; differentiable on request
         "cpu"    the native engine: all of it in a few native calls, fp32, bf16 or int8 (tarflow_fast/inverse/engine.py)
+        "triton" fused kernels of one sampling step, replayed as a CUDA graph (tarflow_fast/inverse/graph.py)
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ from torch import Tensor
 
 from tarflow_fast import native
 from tarflow_fast.inverse.eligibility import DTYPES, Weights, inspect
+from tarflow_fast.inverse.graph import invert_graph, prepare_graph, why_not_graph
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.inverse.sequential import invert_sequential
 from tarflow_fast.inverse.workspace import InverseCall
-from tarflow_fast.ops.registry import Backend, Op, cpu_refuses, register, under_transform
+from tarflow_fast.ops.registry import (
+    Backend,
+    Op,
+    _warn_once,
+    cpu_refuses,
+    register,
+    triton_missing,
+    triton_refuses,
+    under_transform,
+)
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
@@ -56,7 +67,7 @@ def block_inverse(
     """
     # Backends without a kernel for this op leave it to PyTorch, whose modules they accelerate.
     asked = call.backend if call.backend in ("auto", *_OP.backends) else "torch"
-    chosen = _OP.resolve(asked, z.device, z.dtype)
+    chosen, reason = _OP.resolve(asked, z.device, z.dtype), "it was not chosen"
     if chosen is _OP.backends["cpu"]:
         reason = call_reason(z, call)
         weights = reason or inspect(block)
@@ -65,15 +76,26 @@ def block_inverse(
         reason = weights
         if _named("cpu", asked):
             raise RuntimeError(f"block_inverse: backend 'cpu' cannot run: {reason}")
-    else:
-        reason = "it was not chosen"
+    elif chosen is _OP.backends["triton"]:
+        objection = call_reason(z, call) or why_not_graph(block, z, call.precision)
+        if objection and _named("triton", asked):
+            raise RuntimeError(f"block_inverse: backend 'triton' cannot run: {objection}")
+        if not objection:
+            try:
+                call.graph = prepare_graph(block, z, guidance, call.graph, call.precision)
+            except Exception as error:  # Triton's compiler and the driver raise what they like
+                if _named("triton", asked):
+                    raise
+                _warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
+            else:
+                return _invert_triton(block, z, y, guidance, call, on_token)
     if call.precision not in (None, _torch_precision(block, z)):
         raise RuntimeError(f"block_inverse: precision {call.precision!r} needs the native CPU engine: {reason}")
     return _invert_torch(block, z, y, guidance, call, on_token)
 
 
 def call_reason(z: Tensor, call: InverseCall) -> str:
-    """Why the native engine cannot serve this call, whatever the block; "" when it can."""
+    """Why no engine can serve this call, whatever the block; "" when it can."""
     if call.differentiable:
         return "it has no gradient, and a differentiable inverse was asked for"
     if torch.compiler.is_compiling() or under_transform():
@@ -114,10 +136,20 @@ def _invert_cpu(
     return call.engine(call.precision or own).invert(block, z, y, guidance, on_token, weights)
 
 
+def _invert_triton(
+    block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance, call: InverseCall, on_token: OnToken
+) -> tuple[Tensor, Tensor]:
+    return invert_graph(block, z, y, guidance, call.graph, on_token)
+
+
 _OP = register(
     Op(
         "block_inverse",
-        {"torch": Backend(_invert_torch), "cpu": Backend(_invert_cpu, None, native.reason, cpu_refuses)},
-        auto={"cpu": ("cpu", "torch")},
+        {
+            "torch": Backend(_invert_torch),
+            "cpu": Backend(_invert_cpu, None, native.reason, cpu_refuses),
+            "triton": Backend(_invert_triton, None, triton_missing, triton_refuses),
+        },
+        auto={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     )
 )

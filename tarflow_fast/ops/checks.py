@@ -55,3 +55,33 @@ def show_shape(shape: Sequence[int]) -> str:
 def show_dtypes(dtypes: DtypePair) -> str:
     """(float32, bfloat16), without the prefix torch."""
     return "(" + ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) + ")"
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_rows(op: str, name: str, value: Any) -> None:
+    """A floating tensor (..., N), at least one dimension, N at least 1."""
+    check_tensor(op, name, value)
+    if value.ndim < 1 or value.shape[-1] < 1:
+        raise ValueError(f"{op}: {name} must have shape (..., N) with N >= 1, got {show_shape(value.shape)}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must have a floating dtype, got {value.dtype}")
+
+
+def check_vector(op: str, name: str, value: Any, rows_name: str, rows: torch.Tensor) -> None:
+    """A parameter (N,) for `rows` (..., N), on their device: their dtype, or float32 beside 16-bit rows."""
+    check_tensor(op, name, value)
+    if value.shape != rows.shape[-1:]:
+        raise ValueError(
+            f"{op}: {name} must have shape (N,) = {show_shape(rows.shape[-1:])}, got {show_shape(value.shape)}"
+        )
+    if value.dtype not in dtypes_beside(rows):
+        allowed = " or ".join(map(str, dtypes_beside(rows)))
+        raise TypeError(f"{op}: {name} must have dtype {allowed}, got {value.dtype}")
+    check_same_device(op, name, value, rows_name, rows)
+
+
+def dtypes_beside(rows: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """What may go with `rows`: their own dtype, and float32 beside 16-bit ones."""
+    return (rows.dtype,) if rows.dtype.itemsize > 2 else (rows.dtype, torch.float32)

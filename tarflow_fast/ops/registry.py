@@ -19,7 +19,17 @@ import torch
 
 from tarflow_fast import native
 
-__all__ = ["BACKENDS", "LIBRARY", "OPS", "Backend", "Op", "explain", "under_transform"]
+__all__ = [
+    "BACKENDS",
+    "LIBRARY",
+    "OPS",
+    "Backend",
+    "Op",
+    "choose",
+    "constant_when_traced",
+    "explain",
+    "under_transform",
+]
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 
@@ -117,6 +127,40 @@ def under_transform() -> bool:
         return False
     in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return in_functorch or torch.autograd.forward_ad._current_level >= 0
+
+
+def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile calls `function`, of constants, once while tracing and keeps the answer.
+
+    The mark that torch.compiler.assume_constant_result makes; calling that would import the compiler, and with it
+    triton, into every process. Without the mark the function is traced, which PyTorch warns of but does.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+def choose(op: Op, backend: str, tensor: torch.Tensor, unable: str = "") -> str:
+    """Name of the backend that runs, for ops whose plain PyTorch form is called in place of the op, not inside it.
+
+    That form has PyTorch's own gradients, of any order, and takes less memory than a gradient written out for it. A
+    compiled graph keeps what was chosen when it was traced. unable: why the kernels cannot take these shapes, or "".
+    """
+    if under_transform():
+        op.resolve(backend, tensor.device, tensor.dtype)
+        return "torch"
+    return _choose(op.name, backend, tensor.device, tensor.dtype, unable)
+
+
+@constant_when_traced
+def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype, unable: str) -> str:
+    op = OPS[name]
+    entry = op.resolve(backend, device, dtype)
+    chosen = next(each for each, candidate in op.backends.items() if candidate is entry)
+    if chosen == "torch" or not unable:
+        return chosen
+    if backend == "auto" and (os.environ.get("TARFLOW_FAST_BACKEND") or "auto") == "auto":
+        return "torch"
+    raise RuntimeError(f"{name}: backend {chosen!r} cannot run: {unable}")
 
 
 # ---- what the kinds of backend have in common ----------------------------------------------------------------------

@@ -1,0 +1,182 @@
+"""Whether the kernels are right on this GPU: the project's own tests run on it, laws of a whole model, equal bits."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from compare import same_bits
+from flows import random_flow, random_images, random_noise, twin
+
+from tarflow_fast import native, native_cuda
+from tarflow_fast.inverse import Guidance
+from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph
+from tarflow_fast.ops.registry import OPS
+from tarflow_fast.verify import error_and_bound, run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_tests(record, seconds):
+    """Every test the interpreter runs on the CPU, in bf16, fp16 and fp32 on the GPU: a process a file, side by side."""
+    marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.interpreter\n" in path.read_text()]
+    folders = os.pathsep.join(str(ROOT / name) for name in ("bench", "tests", "."))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_INTERP", "TARFLOW"))}
+    environment |= {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+
+    def one(path):
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter", "--device", "cuda", "-p", "gpu_bare"]
+        command += ["-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(seconds, 10)
+            )
+        except subprocess.TimeoutExpired:
+            return path, None, ""
+        return path, done.returncode, done.stdout + done.stderr
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for path, status, output in pool.map(one, marked):
+            if status is None:
+                record.check(f"tests/{path.name} on the GPU", False, f"not done after {seconds:.0f} s")
+                continue
+            (record.folder / f"{path.stem}.log").write_text(output[-20000:])
+            last = output.strip().splitlines()[-1] if output.strip() else "no output"
+            # 5: nothing was collected, which is a fault here; skipped tests are named in the log
+            record.check(f"tests/{path.name} on the GPU", status == 0 and re.search(r"\d+ passed", last), last)
+
+
+def run_verify(record, device):
+    """Every op and backend that runs here against float64 (tarflow_fast/verify.py)."""
+    rows, _ = run(device)
+    for row in rows:
+        said = f"worst error {row['worst_error']:.2e}, allowed {row['bound']:.2e}"
+        record.check(f"{row['name']} {row['backend']} {row['dtype']}", row["ok"], said)
+    if not any(row["backend"] == "cuda" for row in rows):
+        record.skip("affine, CUDA C++", OPS["affine"].why_not("cuda", torch.device(device), torch.float32))
+
+
+def cuda_library(record, device):
+    """Builds the CUDA C++ library where nvcc is, and holds its inverse update to float64; the tests do the rest."""
+    spec = importlib.util.spec_from_file_location("tarflow_fast_setup", ROOT / "setup.py")
+    if not native_cuda.LIBRARY.exists():
+        try:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            report = module.build_cuda(native_cuda.LIBRARY)
+        except ImportError as error:
+            report = {"ok": False, "error": str(error)}
+        if not report["ok"]:
+            record.skip("CUDA C++", report["error"].splitlines()[0])
+            return
+        native_cuda._load.cache_clear()
+    B, T, D = 5, 9, 12
+    ab, z = torch.randn(2 * B, 2 * D, device=device), torch.randn(B, T, D, device=device)
+    x, sums, table = z.clone(), torch.zeros(B, T, device=device), torch.rand(2, T, device=device)
+    position = torch.tensor([0, 3, 7, 8, -1], dtype=torch.int32, device=device)  # the last two have nothing to solve
+    flip = torch.ones(1, dtype=torch.int32, device=device)
+    sizes = (B, T, D, 1, 1, native.DTYPES[ab.dtype])
+    native_cuda.call("tf_cuda_affine_inverse", x, ab, z, x, sums, position, flip, table, *sizes)
+
+    def expected(wide):
+        solved, total = z.to(wide), torch.zeros(B, T, device=device, dtype=wide)
+        for row, p in enumerate([0, 3, 7]):
+            (a, b), (a_u, b_u) = ab[row].to(wide).chunk(2), ab[row + B].to(wide).chunk(2)
+            a, b = a + table[0, p].to(wide) * (a - a_u), b + table[1, p].to(wide) * (b - b_u)
+            solved[row, T - 2 - p] = z[row, T - 2 - p].to(wide) * a.exp() + b
+            total[row, p] = a.sum()
+        return solved, total
+
+    worst = 0.0
+    for got, exact, plain in zip((x, sums), expected(torch.float64), expected(torch.float32), strict=True):
+        error, bound = error_and_bound(got, exact, plain)
+        worst = max(worst, (error / bound).max().item())
+    record.check("affine_inverse, CUDA C++", worst <= 1, f"worst {worst:.2f} of the bound")
+
+
+def laws(record, device, dtypes, tiny=False):
+    """reverse undoes forward; the images are the reference's, guided too, by the error rule."""
+    config = {"channels": 64 if tiny else 256, "img_size": 4 if tiny else 16, "num_classes": 3, "scale": 0.2}
+    config |= {"num_blocks": 1 if tiny else 4, "layers_per_block": 1 if tiny else 2}
+    for dtype in dtypes:
+        kind, name = torch.device(device).type, str(dtype).removeprefix("torch.")
+        model = random_flow(backend="triton", **config).to(device)
+        x, y = random_images(model).to(device), torch.tensor([1, -1], device=device)
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32), torch.no_grad():
+            z, _, logdets = model(x, y)
+            apart = (model.reverse(z / model.var.sqrt(), y) - x).abs().max().item()
+            plain = twin(model, torch.float32).to(device)
+            its_z, _, _ = plain(x, y)
+            theirs = (plain.reverse(its_z / plain.var.sqrt(), y) - x).abs().max().item()
+        # Ours rounds at other places than PyTorch does, in both directions; a wrong kernel is off by orders more.
+        allowed = max(8 * theirs, 1e-4)
+        finite = bool(logdets.isfinite().all())
+        said = f"largest difference {apart:.1e}, plain PyTorch {theirs:.1e}"
+        record.check(f"reverse(forward(x)) = x, {name}", apart <= allowed and finite, said)
+        noise, arguments = random_noise(model).to(device), {"guidance": 1.0, "attn_temp": 0.8}
+        truth = twin(model).to(device).reverse(noise.double(), y, **arguments)
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            plain = twin(model, torch.float32).to(device).reverse(noise, y, **arguments)
+            got = model.reverse(noise, y, **arguments)
+        error, bound = error_and_bound(got, truth, plain)
+        worst = (error / bound).max().item()
+        record.check(f"guided images against float64, {name}", worst <= 1, f"worst {worst:.2f} of the bound")
+
+
+def equal_bits(record, device, dtype, runs, tiny=False):
+    """The same inverse again and again: programs race differently every time, the bits must not show it."""
+    model = random_flow(channels=64, img_size=4 if tiny else 8, layers_per_block=1 if tiny else 2).to(device)
+    block, z = model.blocks[0], random_noise(model, 3).to(device)
+    guidance = Guidance(0.0 if tiny else 1.0, attn_temp=0.7)
+    workspace = GraphWorkspace(block, 3, guidance.active, dtype)
+    workspace.prepare()
+    first, log_det = invert_graph(block, z, None, guidance, workspace)
+    begun, different = time.monotonic(), torch.zeros((), dtype=torch.long, device=device)
+    for done in range(1, runs):
+        x, its_log_det = invert_graph(block, z, None, guidance, workspace)
+        different += (x.view(torch.int32) != first.view(torch.int32)).any() | (its_log_det != log_det).any()
+        if done % 50 == 0 and time.monotonic() - begun > 60:
+            break
+    how = "a CUDA graph" if workspace.graph is not None else "no graph"
+    record.check(f"equal bits {done + 1} times, {dtype}", int(different) == 0, f"{how}; {int(different)} differ")
+    straight = GraphWorkspace(block, 3, guidance.active, dtype, capture=False)
+    x, _ = invert_graph(block, z, None, guidance, straight)
+    record.check(f"the graph's bits are those of its kernels one by one, {dtype}", same_bits(x, first))
+
+
+SANITIZED = """
+import gpu_bare, torch
+from flows import random_flow, random_noise
+from tarflow_fast.inverse import Guidance
+from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph
+model = random_flow(channels=64, img_size=4, layers_per_block=1).cuda()
+for window in (1, 3):
+    workspace = GraphWorkspace(model.blocks[1], 2, True, torch.bfloat16, window=window, capture=False)
+    x, _ = invert_graph(model.blocks[1], random_noise(model, 2).cuda(), None, Guidance(1.0), workspace)
+    assert x.isfinite().all()
+"""
+
+
+def sanitize(record, seconds):
+    """compute-sanitizer over a small inverse: memory errors, and races in shared memory."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if not tool:
+        record.skip("compute-sanitizer", "it is not installed")
+        return
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "bench"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for kind in ("memcheck", "racecheck"):
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=max(seconds / 2, 5))
+        except subprocess.TimeoutExpired:
+            record.skip(f"compute-sanitizer {kind}", f"not done after {seconds / 2:.0f} s")
+            continue
+        (record.folder / f"sanitizer-{kind}.log").write_text((done.stdout + done.stderr)[-20000:])
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        record.check(f"compute-sanitizer {kind}", done.returncode == 0, last)

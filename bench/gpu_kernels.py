@@ -1,0 +1,152 @@
+"""Each kernel of a sampling step, and attention over a whole sequence, against cuBLAS, cuDNN and flash attention.
+
+A step's kernels are timed as a CUDA graph that walks through the 8 layers of a block: their weights are more than L2
+holds, so every run reads memory, as in use.
+"""
+
+import torch
+from gpu_inverse import Inverse
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tarflow_fast.inverse.graph import GraphWorkspace
+
+RUNS, WARM = 7, 2
+
+
+def step_kernels(name, timer, record, dtype, B, guided, tiny=False):
+    """One row a kernel and variant, per layer."""
+    from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
+    from tarflow_fast.kernels.triton.cached_attention import cached_attention
+    from tarflow_fast.kernels.triton.step_embed import embed
+    from tarflow_fast.kernels.triton.step_linear import linear
+
+    inverse = Inverse(name, timer, record, dtype, tiny)
+    z, guidance = inverse.noise(B, guided)
+    ws = GraphWorkspace(inverse.block, B, guided, dtype, capture=False)
+    ws.load(inverse.block, z, None, guidance)
+    T, size, L = ws.T, torch.finfo(dtype).bits // 8, len(ws.eps)
+    R, C = ws.h.shape
+    about = {"model": name, "B": B, "guided": guided, "dtype": inverse.about["dtype"]}
+    w = ws.weights
+
+    def of(layer, part):
+        return w[f"attn_blocks.{layer}.{part}.weight"], w[f"attn_blocks.{layer}.{part}.bias"]
+
+    def time(kernel, variant, launch, moved, flops, layers=L):
+        run = timer.graph(lambda: [launch(layer) for layer in range(layers)])
+        times = timer.milliseconds(run, 1 if tiny else RUNS, 0 if tiny else WARM, cold=True)
+        record.row("step kernel", kernel, variant, times, scale=1 / layers, moved=moved, flops=flops, **about)
+
+    for kernel, part, x, out, epilogue, norm in (
+        ("LN+qkv+append", "attention.qkv", ws.h, ws.queries, "append", "attention.norm"),
+        ("out-proj+residual", "attention.proj", ws.heads, ws.h, "residual", None),
+        ("LN+fc1+GELU", "mlp.main.0", ws.h, ws.hidden, "gelu", "mlp.norm"),
+        ("fc2+residual", "mlp.main.2", ws.hidden, ws.h, "residual", None),
+    ):
+        N, K = of(0, part)[0].shape
+        moved, flops = N * K * size + R * (N + K) * size, 2 * R * N * K
+
+        def ours(layer, part=part, x=x, out=out, epilogue=epilogue, norm=norm):
+            gain = (*of(layer, norm), 1e-5) if norm else None
+            append = (ws.cache[layer], ws.starts, 1) if epilogue == "append" else None
+            linear(x, *of(layer, part), out, ws.scratch, epilogue, gain, append)
+
+        def cublas(layer, part=part, x=x, epilogue=epilogue, norm=norm):
+            weight, bias = of(layer, part)
+            y = F.layer_norm(x, (x.size(1),), *of(layer, norm)) if norm else x
+            y = F.linear(y.to(dtype), weight, bias.to(dtype))
+            if epilogue == "gelu":
+                return F.gelu(y)
+            return ws.h + y if epilogue == "residual" else y
+
+        time(kernel, "ours", ours, moved, flops)
+        time(kernel, "cuBLAS and PyTorch", cublas, moved, flops)
+
+    for place in (T // 2, T - 2):
+        ws.starts.fill_(place)
+        length = place + 1
+        moved, flops = 2 * R * length * C * size, 4 * R * length * C
+
+        def ours(layer):
+            cached_attention(ws.queries, ws.cache[layer], ws.scale, ws.starts, ws.heads, ws.scratch, 1)
+
+        def sdpa(layer, length=length):
+            query = ws.queries.view(R, C // 64, 1, 64)
+            keys, values = ws.cache[layer][:, :, :, :length]
+            return F.scaled_dot_product_attention(query, keys, values)
+
+        time(f"attention, {length} keys", "ours", ours, moved, flops)
+        time(f"attention, {length} keys", "SDPA as PyTorch chooses", sdpa, moved, flops)
+    ws.starts.zero_()
+    D = ws.x.size(2)
+
+    def head(_):
+        embed(
+            ws.x,
+            *(w[f"proj_in.{n}"] for n in ("weight", "bias")),
+            ws.pos_embed,
+            ws.classes,
+            ws.h,
+            ws.starts,
+            ws.flip,
+            1,
+        )
+
+    def tail(_):
+        affine_inverse(
+            ws.h,
+            w["proj_out.weight"],
+            w["proj_out.bias"],
+            ws.z,
+            ws.x,
+            ws.sums,
+            ws.starts,
+            ws.flip,
+            ws.guidance,
+            1,
+            guided,
+        )
+
+    time("head", "ours", head, C * D * size + R * C * 4, 2 * R * C * D, 1)
+    time("tail", "ours", tail, 2 * C * D * size + R * C * 4, 4 * R * C * D, 1)
+
+
+def attention(timer, record, dtype, T, tiny=False):
+    """Causal attention of a whole sequence, head size 64, 16k tokens: forward, and forward with backward."""
+    import tarflow_fast.ops as ops
+
+    H, E = (1, 64) if tiny else (12, 64)
+    B = 1 if tiny else max(1, 16384 // T)
+    tensors = [torch.randn(B, T, H, E, device=timer.device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    pull = torch.randn(B, T, H, E, device=timer.device, dtype=dtype)
+    variants = {}
+    if hasattr(ops, "attention"):
+        variants["ours"] = lambda: ops.attention(*tensors, backend="triton")
+    else:
+        record.skip("causal attention, ours", "this checkout has no op `attention`")
+
+    def sdpa(backend):
+        def run():
+            with sdpa_kernel(backend):
+                turned = (t.transpose(1, 2) for t in tensors)
+                return F.scaled_dot_product_attention(*turned, is_causal=True).transpose(1, 2)
+
+        return run
+
+    kinds = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}
+    variants |= {name: sdpa(kind) for name, kind in ({"SDPA": SDPBackend.MATH} if tiny else kinds).items()}
+    flops = 2 * B * H * T * T * E  # two products, half of them masked
+    about = {"B": B, "dtype": str(dtype).removeprefix("torch."), "note": f"T={T} H={H} E={E}"}
+    for variant, forward in variants.items():
+        try:
+            times = timer.milliseconds(forward, RUNS, WARM)
+            record.row("attention", "forward", variant, times, flops=flops, **about)
+
+            def both(forward=forward):
+                return torch.autograd.grad(forward(), tensors, pull)
+
+            times = timer.milliseconds(both, RUNS, WARM)
+            record.row("attention", "forward+backward", variant, times, flops=3.5 * flops, **about)
+        except RuntimeError as error:
+            record.skip(f"causal attention, {variant}, T = {T}", str(error).splitlines()[0])

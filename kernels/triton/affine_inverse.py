@@ -1,0 +1,114 @@
+"""The tail of a sampling step: the net's output, guidance, and the tokens it solves.
+
+    (a, b) = halves of proj_out(h);   a += ga[p] (a - a_u), b += gb[p] (b - b_u) under guidance
+    x[next] = z[next] exp(a) + b,   sums[., p] = sum_d a,   next = the token after position p
+
+Rows B .. 2B-1 of a guided pass are the unguided ones. x and z (B, T, D) are fp32, tokens in their own order. The sums
+of a are kept by position, so that a pass over a window may be repeated and log_det still counts each token once.
+"""
+
+import triton
+import triton.language as tl
+from tarflow_fast.kernels.triton import tuning_step
+from tarflow_fast.kernels.triton.device import on
+from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, query_places
+
+
+@triton.jit
+def _product(weight_at, h_at, weights_inside, rows_inside, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT):
+    acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        w = tl.load(weight_at + start, mask=weights_inside, other=0.0)
+        h = tl.load(h_at + start, mask=rows_inside, other=0.0)
+        acc = tl.dot(w.to(DOT), h.to(DOT), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _exp(x):
+    """exp in fp32, without the rounding of x log2(e) that tl.exp takes along: it grows with |x|."""
+    t = x * 1.4426950408889634
+    rest = tl.fma(x, tl.full(x.shape, 1.4426950408889634, tl.float32), -t) + x * 1.9259629911e-8
+    rest = tl.where(tl.abs(rest) < 1.0, rest, 0.0)  # of infinities nothing is left over
+    return tl.exp2(t) * (1.0 + rest * 0.6931471805599453)
+
+
+@triton.jit
+def tail_kernel(
+    h_ptr,
+    weight_ptr,
+    bias_ptr,
+    z_ptr,
+    x_ptr,
+    sums_ptr,
+    starts_ptr,
+    flip_ptr,
+    guidance_ptr,
+    W,
+    R,
+    B,
+    T,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    GUIDED: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        first = 0
+        while first < R:
+            r = first + tl.arange(0, BLOCK_M)
+            now = tl.load(starts_ptr + r, mask=r < R, other=0)
+            tl.store(starts_ptr + R + r, now + ADVANCE, mask=r < R)
+            first += BLOCK_M
+    row, position, active = query_places(starts_ptr, m, B * W, W, T)
+    k = tl.arange(0, BLOCK_K)
+    owned, active_row = (d < D)[:, None], active[None, :]
+    h_at = h_ptr + m.to(tl.int64)[None, :] * C + k[:, None]
+    unguided_at = h_at + tl.full((1, 1), C, tl.int64) * B * W
+    inside = owned & active_row
+
+    at = weight_ptr + d[:, None] * C + k[None, :] + (D * C if SCALE else 0)
+    bias = tl.load(bias_ptr + d + (D if SCALE else 0), mask=d < D, other=0.0).to(tl.float32)[:, None]
+    b = _product(at, h_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
+    if GUIDED:
+        g = tl.load(guidance_ptr + T + position, mask=active, other=0.0)[None, :]
+        b_u = _product(at, unguided_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
+        b += tl.where(g == 0.0, 0.0, g * (b - b_u))
+    place = tl.where(tl.load(flip_ptr) != 0, T - 2 - position, position + 1)
+    token = (row * T + place)[None, :] * D + d[:, None]
+    y = tl.load(z_ptr + token, mask=inside, other=0.0)
+    if SCALE:
+        at -= D * C
+        bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[:, None]
+        a = _product(at, h_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
+        if GUIDED:
+            g = tl.load(guidance_ptr + position, mask=active, other=0.0)[None, :]
+            a_u = _product(at, unguided_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
+            a += tl.where(g == 0.0, 0.0, g * (a - a_u))
+        y = y * _exp(a)
+        total = tl.sum(tl.where(inside, a, 0.0), axis=0)
+        tl.store(sums_ptr + (row + tl.program_id(0).to(tl.int64) * B) * T + position, total, mask=active)
+    tl.store(x_ptr + token, y + b, mask=inside)
+
+
+def affine_inverse(h, weight, bias, z, x, sums, starts, flip, guidance, W, guided):
+    """Solves the tokens after the queries of this pass, in x; and with W = 1 moves on to them.
+
+    h (M, C) fp32, weight (2D or D, C), z and x (B, T, D) fp32, sums (tiles, B, T) fp32 with the tiles of
+    `tuning_step.tail_tiles`, starts (2, R), flip (1,) int32, guidance (2, T) fp32: ga, gb.
+    """
+    (B, T, D), C = x.shape, h.shape[1]
+    config = tuning_step.tail(C, weight.dtype)
+    with on(x.device):
+        tail_kernel[(cdiv(D, config["BLOCK_D"]), cdiv(B * W, config["BLOCK_M"]))](
+            h, weight, bias, z, x, sums, starts, flip, guidance, W, starts.shape[1], B, T,
+            C=C, D=D, SCALE=weight.shape[0] == 2 * D, GUIDED=guided, ADVANCE=int(W == 1),
+            DOT=dot_type(weight.dtype), **config,
+        )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Triton kernels of bias + residual; formulas in tarflow_fast/ops/bias_residual.py."""
+
+import triton
+import triton.language as tl
+from tarflow_fast.kernels.triton.columns import chunks, column_sums, partial_sums, tiles
+from tarflow_fast.kernels.triton.device import on
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    rows,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at, inside = row * N + column, (row < rows) & (column < N)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    x += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(COMPUTE)
+    out = tl.load(residual_ptr + at, mask=inside, other=0.0).to(COMPUTE) + x
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    dout_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows,
+    steps,
+    N: tl.constexpr,
+    INPUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    chunk = (tl.program_id(0) // across).to(tl.int64)
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    if BIAS:
+        dbias = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    for step in range(0, steps):
+        row = (chunk * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]
+        at, inside = row * N + column[None, :], (row < rows) & (column < N)[None, :]
+        g = tl.load(dout_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+        if BIAS:
+            dbias += g
+        if INPUT:
+            tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=inside)
+    if BIAS:
+        tl.store(partial_ptr + chunk * N + column, tl.sum(dbias, 0), mask=column < N)
+
+
+def bias_residual_forward(x, bias, residual, out):
+    """Fills out. All contiguous, on one device."""
+    rows, across, settings = tiles(residual)
+    if rows == 0:
+        return
+    with on(x.device):
+        forward_kernel[(triton.cdiv(rows, settings["ROWS"]) * across,)](x, bias, residual, out, rows, **settings)
+
+
+def bias_residual_backward(dout, dx=None, dbias=None):
+    """Fills those of dx and dbias that are given, in one pass over dout."""
+    rows, across, settings = tiles(dout)
+    if rows == 0:
+        if dbias is not None:
+            dbias.zero_()
+        return
+    down, steps = chunks(rows, settings["ROWS"], across)
+    partial = partial_sums(down if dbias is not None else 0, dout)
+    given = {"INPUT": dx is not None, "BIAS": dbias is not None}
+    with on(dout.device):
+        backward_kernel[(down * across,)](
+            dout, partial if dx is None else dx, partial, rows, steps, **given, **settings
+        )
+        if dbias is not None:
+            column_sums(partial, dbias)

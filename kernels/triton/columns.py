@@ -1,0 +1,65 @@
+"""What the kernels over rows of N numbers have in common: their tiles, and sums over rows, the gradients of weights.
+
+Each program adds up a chunk of rows, a second kernel the chunks, both in an order that depends on the shape alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from tarflow_fast.kernels.triton import tuning
+
+
+def tiles(x):
+    """(rows, tiles across a row, settings) of a kernel whose programs own tiles of x (..., N)."""
+    N = x.shape[-1]
+    rows, columns, num_warps = tuning.bias(N)
+    settings = {
+        "N": N,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "num_warps": num_warps,
+    }
+    return x.numel() // N, triton.cdiv(N, columns), settings
+
+
+def partial_sums(count, x):
+    """Room for the sums of `count` chunks of rows of x, (count, 1, N)."""
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(count, 1, x.shape[-1], dtype=sums)
+
+
+def chunks(rows, tile_rows, tiles_across):
+    """(programs down the rows, tiles that each walks over), about tuning.PROGRAMS programs in all."""
+    tiles = triton.cdiv(rows, tile_rows)
+    steps = triton.cdiv(tiles, max(1, tuning.PROGRAMS // tiles_across))
+    return triton.cdiv(tiles, steps), steps
+
+
+@triton.jit
+def sum_kernel(
+    partial_ptr, first_ptr, second_ptr, count, N, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """first[n] = sum_i partial[i, 0, n]; of 2 PARTS, second[n] = sum_i partial[i, 1, n]. partial: (count, PARTS, N)"""
+    blocks = tl.cdiv(N, COLUMNS)
+    part = tl.program_id(0) // blocks
+    column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < N)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    total = tl.zeros((ROWS, COLUMNS), partial_ptr.dtype.element_ty)
+    for start in range(0, count, ROWS):
+        at = ((start + row) * PARTS + part) * N + column[None, :]
+        total += tl.load(partial_ptr + at, mask=(start + row < count) & inside, other=0.0)
+    value = tl.sum(total, 0)
+    if part == 0:
+        tl.store(first_ptr + column, value.to(first_ptr.dtype.element_ty), mask=column < N)
+    else:
+        tl.store(second_ptr + column, value.to(second_ptr.dtype.element_ty), mask=column < N)
+
+
+def column_sums(partial, *sums):
+    """Fills each of `sums` (N,) from partial (count, len(sums), N)."""
+    count, parts, N = partial.shape
+    rows, columns, num_warps = tuning.COLUMN_SUMS
+    grid = (parts * triton.cdiv(N, columns),)
+    sum_kernel[grid](partial, sums[0], sums[-1], count, N, PARTS=parts, ROWS=rows, COLUMNS=columns, num_warps=num_warps)

@@ -1,0 +1,113 @@
+"""Launch configurations of the sampling step's kernels, chosen by shape alone: no measuring, at import or later, so
+that the same call gives the same bits. M = R W queries.
+
+Few queries: the time is that of reading weights and cache, so tiles are narrow until there are programs enough to keep
+every memory channel busy. Many: the weights' side of a tile is 64, which is a wgmma on sm_90.
+"""
+
+import torch
+import triton
+
+PROGRAMS = 132  # multiprocessors of an H100 or H200; an A100 has 108
+FUSED_NORM = 32  # up to so many queries LayerNorm is cheaper inside every program of the next layer than as a kernel
+FUSED_NORM_FP32 = 16  # past this, registers spill
+MAX_SPLITS = {"linear": 8, "attention": 16}  # the last program of a tile adds so many parts up
+
+
+def _divisor(size, limit):
+    """The largest power of two that divides `size`, at most `limit`."""
+    return min(size & -size, limit)
+
+
+def _queries(M):
+    return min(max(triton.next_power_of_2(M), 16), 64)
+
+
+def linear(M, N, K, dtype, norm):
+    """Tiles of a linear layer, and whether it normalizes its input itself."""
+    few, wide = M <= 16, dtype == torch.float32
+    # fp32 has no tensor core path of full precision: its operands sit in registers, so its tiles are smaller
+    block_n = min(16 if few else 32 if wide else 64, triton.next_power_of_2(N))
+    block_m = min(_queries(M), 32 if wide else 64)
+    block_k = _divisor(K, (64 if few else 32) if wide else (256 if few else 64))
+    programs = triton.cdiv(N, block_n) * triton.cdiv(M, block_m)
+    splits = min(MAX_SPLITS["linear"], triton.cdiv(PROGRAMS, programs), K // block_k)
+    return {
+        "NORM": norm and fuses_norm(M, dtype),
+        "SPLITS": splits,
+        "BLOCK_N": block_n,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def fuses_norm(M, dtype):
+    return M <= (FUSED_NORM_FP32 if dtype == torch.float32 else FUSED_NORM)
+
+
+def normalize(C):
+    return {"BLOCK": triton.next_power_of_2(C), "num_warps": 4}
+
+
+def embed(M, C, D):
+    block_n = min(32, triton.next_power_of_2(C))
+    return {"BLOCK_N": block_n, "BLOCK_M": _queries(M), "BLOCK_K": min(max(triton.next_power_of_2(D), 16), 64)}
+
+
+def attention(R, H, T, W, dtype):
+    """Tiles of cached attention; keys are split where rows and heads alone cannot fill the machine."""
+    block_w = 1 if W == 1 else min(max(triton.next_power_of_2(W), 16), 64)
+    block_t = 32 if dtype == torch.float32 and W > 1 else 64
+    programs = R * H * triton.cdiv(W, block_w)
+    splits = min(MAX_SPLITS["attention"], triton.cdiv(PROGRAMS, programs), triton.cdiv(T, block_t))
+    return {
+        "ONE": W == 1,
+        "SPLITS": splits,
+        "BLOCK_W": block_w,
+        "BLOCK_T": block_t,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def tail(C, dtype):
+    return {
+        "BLOCK_D": 16,  # small tiles: D is 12 to 192, and nothing else runs meanwhile
+        "BLOCK_M": 16,
+        "BLOCK_K": _divisor(C, 64 if dtype == torch.float32 else 128),
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def tail_tiles(C, D, dtype):
+    """How many programs share the sum over D of one token."""
+    return triton.cdiv(D, tail(C, dtype)["BLOCK_D"])
+
+
+def scratch(R, W, C, hidden, H, T, E, dtype):
+    """Sizes of what the kernels of a step share: {name: (shape, "fp32" | "int32" | "storage")}."""
+    R = max(R, 1)
+    M = R * W
+    layers = [(3 * C, C), (C, C), (hidden, C), (C, hidden)]
+    partials, tiles = 0, 1
+    for N, K in layers:
+        config = linear(M, N, K, dtype, False)
+        if config["SPLITS"] > 1:
+            partials = max(partials, config["SPLITS"] * M * N)
+            tiles = max(tiles, triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(M, config["BLOCK_M"]))
+    config = attention(R, H, T, W, dtype)
+    sums = 0
+    if config["SPLITS"] > 1:
+        partials = max(partials, config["SPLITS"] * M * H * E)
+        sums = config["SPLITS"] * M * H * 2
+        tiles = max(tiles, R * H * triton.cdiv(W, config["BLOCK_W"]))
+    normalized = 1 if fuses_norm(M, dtype) else M * C
+    return {
+        "partials": (max(partials, 1), "fp32"),
+        "sums": (max(sums, 1), "fp32"),
+        "counters": (tiles, "int32"),
+        "normalized": (normalized, "storage"),
+    }

@@ -1,0 +1,135 @@
+"""A transformer layer through the fused ops, for training and density on GPUs: the modules' numbers in fewer passes.
+
+    h += proj(attention(LN(h))) + bias;   h += fc2(GELU(fc1(LN(h)) + bias)) + bias
+
+The matrix products stay PyTorch's own. The ops between them read and write each activation once, keep the residual
+stream in its dtype (float32 under autocast), and step aside, layer by layer, for anything that is not the plain module.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tarflow_fast.ops import attention_qkv, bias_gelu, bias_residual, layer_norm
+from tarflow_fast.ops.registry import OPS, constant_when_traced, under_transform
+
+if TYPE_CHECKING:
+    from tarflow_fast.block import AttentionBlock
+
+__all__ = ["fused_layer", "takes_fused_layer", "why_not_fused"]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple("_global" + name for name in HOOKS)
+
+
+def takes_fused_layer(layer: AttentionBlock, h: Tensor, backend: str) -> bool:
+    """Whether `fused_layer` takes the place of the layer's modules: on a GPU, or where Triton is asked for by name."""
+    if h.device.type == "cpu" and backend == "auto" and "TARFLOW_FAST_BACKEND" not in os.environ:
+        return False
+    if under_transform() or not _wanted(backend, h.device, compute_dtype(h)):
+        return False
+    return not why_not_fused(layer) and _dtypes_fit(layer, h)
+
+
+@constant_when_traced
+def _wanted(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    asked = (os.environ.get("TARFLOW_FAST_BACKEND") or "auto") if backend == "auto" else backend
+    if asked == "auto":
+        return device.type == "cuda" and not OPS["attention"].why_not("triton", device, dtype)
+    return asked == "triton"
+
+
+def why_not_fused(layer: AttentionBlock) -> str:
+    """What in this layer must be called as a module, "" when nothing: a replaced, hooked, patched or parametrized part,
+    a weight that is no plain tensor (quantized, sharded), a Linear or LayerNorm without bias, another GELU."""
+    from tarflow_fast.block import MLP, Attention
+
+    attention, mlp = layer.attention, layer.mlp
+    if any(getattr(torch.nn.modules.module, hooks) for hooks in GLOBAL_HOOKS):
+        return "every module has hooks"
+    parts = {
+        "attention": (attention, Attention),
+        "attention.norm": (attention.norm, nn.LayerNorm),
+        "attention.qkv": (attention.qkv, nn.Linear),
+        "attention.proj": (attention.proj, nn.Linear),
+        "mlp": (mlp, MLP),
+        "mlp.norm": (mlp.norm, nn.LayerNorm),
+        "mlp.main": (mlp.main, nn.Sequential),
+    }
+    for name, (module, kind) in parts.items():
+        if reason := _not_plain(module, kind):
+            return f"{name} {reason}"
+    if len(mlp.main) != 3:
+        return "mlp.main is not Linear, GELU, Linear"
+    for index, (module, kind) in enumerate(zip(mlp.main, (nn.Linear, nn.GELU, nn.Linear), strict=True)):
+        if reason := _not_plain(module, kind):
+            return f"mlp.main.{index} {reason}"
+    if mlp.main[1].approximate != "none":
+        return "mlp.main.1 is not the exact GELU"
+    return ""
+
+
+def _dtypes_fit(layer: AttentionBlock, h: Tensor) -> bool:
+    """Parameters of the dtype of what they are added to or multiplied with, or float32."""
+    attention, mlp, dtype = layer.attention, layer.mlp, compute_dtype(h)
+    for norm in (attention.norm, mlp.norm):
+        if norm.weight.dtype not in (h.dtype, torch.float32) or norm.bias.dtype is not norm.weight.dtype:
+            return False
+    up, _, down = mlp.main
+    return all(linear.bias.dtype in (dtype, torch.float32) for linear in (attention.proj, up, down))
+
+
+def _not_plain(module: nn.Module, kind: type[nn.Module]) -> str:
+    if type(module) is not kind:
+        return f"is a {type(module).__name__}"
+    state = module.__dict__  # read as it is: attributes of a Module go through a search, for 12 modules a layer
+    if any(state[hooks] for hooks in HOOKS):
+        return "has hooks"
+    if "forward" in state:
+        return "has a forward of its own"
+    if kind in (nn.Linear, nn.LayerNorm):
+        for name in ("weight", "bias"):
+            kind_of_weight = type(state["_parameters"].get(name))
+            if kind_of_weight is not nn.Parameter and kind_of_weight is not Tensor:
+                return f"has a {name} that is a {kind_of_weight.__name__}"
+    if kind is nn.LayerNorm and len(module.normalized_shape) != 1:
+        return f"has shape {tuple(module.normalized_shape)}"
+    return ""
+
+
+def compute_dtype(h: Tensor) -> torch.dtype:
+    """What matrix products of h are computed in: the dtype of autocast where it is on, else its own."""
+    kind = h.device.type
+    if h.dtype is not torch.float64 and torch.is_autocast_enabled(kind):  # autocast leaves float64 alone
+        return torch.get_autocast_dtype(kind)
+    return h.dtype
+
+
+def fused_layer(layer: AttentionBlock, h: Tensor, backend: str) -> Tensor:
+    """One pre-LN transformer layer. h, result: (B, T, C) in the dtype of the residual stream.
+
+    Raises:
+        RuntimeError: the backend asked for by name cannot run.
+    """
+    attention, mlp, dtype = layer.attention, layer.mlp, compute_dtype(h)
+    B, T, C = h.shape
+    x = _norm(attention.norm, h, dtype, backend)
+    qkv = attention.qkv(x).view(B, T, 3, C // attention.head_size, attention.head_size)
+    heads = attention_qkv(qkv, backend=backend).view(B, T, C)
+    h = _product_and_residual(attention.proj, heads, h, backend)
+    up, _, down = mlp.main
+    x = F.linear(_norm(mlp.norm, h, dtype, backend), up.weight)
+    return _product_and_residual(down, bias_gelu(x, up.bias, backend), h, backend)
+
+
+def _norm(norm: nn.LayerNorm, h: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return layer_norm(h, norm.weight, norm.bias, norm.eps, dtype, backend)
+
+
+def _product_and_residual(linear: nn.Linear, x: Tensor, h: Tensor, backend: str) -> Tensor:
+    return bias_residual(F.linear(x, linear.weight), linear.bias, h, backend)

@@ -1,0 +1,146 @@
+"""Compiles the kernels of a sampling step as a launch would, with the same specialization, for a GPU not there.
+
+python tests/step_compile.py    every kernel and configuration of the published models: registers, shared memory, loads
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KINDS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+OPTIONS = ("num_warps", "num_stages")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+MODELS = {"imagenet64": (768, 12, 1024), "afhq256": (768, 192, 1024), "imagenet128": (1024, 48, 1024)}  # C, D, T
+
+
+class Recorder:
+    """Stands in for a kernel: launching it notes what would be compiled."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            names = [p.name for p in self.kernel.params]
+            given = dict(zip(names, args, strict=False)) | kwargs
+            options = {name: given.pop(name) for name in OPTIONS if name in given}
+            self.launches.append((self.kernel, grid, given, options))
+
+        return launch
+
+
+def launches(model, B, guided, dtype, W=1):
+    """What one layer's step of a published model launches, each (kernel, grid, arguments, options) once."""
+    from tarflow_fast.kernels.triton import affine_inverse, cached_attention, step_embed, step_linear
+
+    from tarflow_fast.block import MetaBlock
+    from tarflow_fast.inverse.graph import GraphWorkspace
+
+    C, D, T = MODELS[model]
+    with torch.device("meta"):
+        block = MetaBlock(D, C, T, num_layers=1)
+    seen, found = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (step_embed, step_linear, cached_attention, affine_inverse):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                patch.setattr(module, name, Recorder(getattr(module, name), seen))
+        GraphWorkspace(block, B, guided, dtype, window=W).step()
+    for launch in seen:
+        if all(describe(launch) != describe(other) for other in found):
+            found.append(launch)
+    return found
+
+
+def describe(launch):
+    """A launch as one line: "linear_kernel append N=64 M=16 K=256 splits=3"."""
+    kernel, _, given, _ = launch
+    words = [kernel.__name__.removesuffix("_kernel"), str(given.get("EPILOGUE", ""))]
+    words += ["norm"] if given.get("NORM") else []
+    names = {"BLOCK_N": "N", "BLOCK_D": "D", "BLOCK_W": "W", "BLOCK_T": "T", "BLOCK_M": "M", "BLOCK_K": "K"}
+    words += [f"{short}={given[name]}" for name, short in names.items() if name in given]
+    return " ".join(filter(None, [*words, f"splits={given['SPLITS']}" if "SPLITS" in given else ""]))
+
+
+def source_of(kernel, given):
+    """The specialization the JIT makes: types, 1 as a constant, pointers and numbers divisible by 16."""
+    signature, constants, attrs = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = KINDS[value.dtype]
+            attrs[(index,)] = [["tt.divisibility", 16]]  # torch allocates aligned, and a layer of the cache stays so
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+
+
+def build(kernel, given, options, arch):
+    return triton.compile(source_of(kernel, given), target=GPUTarget("cuda", arch, 32), options=dict(options))
+
+
+def resources(compiled, folder):
+    """{"REG": ..., "STACK": ..., "SHARED": ..., "LOCAL": ...} as the assembler reports them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = Path(folder, "kernel.cubin")
+    cubin.write_bytes(compiled.asm["cubin"])
+    told = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", told.stdout + told.stderr)}
+
+
+def products(compiled):
+    """Which matrix instructions the PTX has: any of "wgmma", "mma"."""
+    ptx = compiled.asm["ptx"]
+    return {name for name, mark in (("wgmma", "wgmma.mma_async"), ("mma", "mma.sync")) if mark in ptx}
+
+
+def wide_loads(compiled):
+    """Bytes of every global load and asynchronous copy."""
+    ptx = compiled.asm["ptx"]
+    loads = [int(v or 1) * int(b) // 8 for v, b in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfu](\d+)", ptx)]
+    copies = [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
+    return loads + copies
+
+
+def main():
+    """The whole table; a few minutes."""
+    from tempfile import TemporaryDirectory
+
+    cases = [(B, guided, W) for B in (1, 16, 128) for guided in (False, True) for W in (1, 16)]
+    done = set()
+    print("sm dtype | kernel | registers | shared bytes | spilled bytes | matrix instructions | 16-byte loads")
+    for model in MODELS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for case in cases:
+                for launch in launches(model, *case[:2], dtype, case[2]):
+                    for arch in SHARED_LIMIT:
+                        line = f"{arch} {str(dtype).removeprefix('torch.')} | {describe(launch)}"
+                        if (MODELS[model][0], line) in done:
+                            continue
+                        done.add((MODELS[model][0], line))
+                        compiled = build(launch[0], launch[2], launch[3], arch)
+                        with TemporaryDirectory() as folder:
+                            used = resources(compiled, folder)
+                        wide = wide_loads(compiled)
+                        print(
+                            f"{line} C={MODELS[model][0]} | {used['REG']} | {compiled.metadata.shared} | "
+                            f"{used['STACK'] + used['LOCAL']} | {'+'.join(sorted(products(compiled))) or '-'} | "
+                            f"{sum(size == 16 for size in wide)} of {len(wide)}",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()

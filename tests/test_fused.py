@@ -1,0 +1,257 @@
+"""The fused layer: a whole model's numbers, gradients and training against the reference, and when it steps aside."""
+
+import os
+
+import pytest
+import torch
+from compare import same_bits
+from flows import random_flow, random_images, twin
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+
+from tarflow_fast.fused import takes_fused_layer, why_not_fused
+from tarflow_fast.ops.registry import OPS
+from tarflow_fast.verify_layer import verify_layer
+
+CONFIG = dict(in_channels=1, img_size=(4, 10), patch_size=2, channels=64, num_blocks=2, num_classes=3)
+Y = torch.tensor([1, -1])
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def model(device):
+    if why_not := OPS["attention"].why_not("triton", device, torch.float32):
+        pytest.skip(why_not)
+    model = random_flow(**CONFIG).to(device)
+    model.backend = "triton"
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the kernels launched."""
+    from tarflow_fast.kernels.triton import attention, bias_gelu, bias_residual, layer_norm
+
+    count = dict.fromkeys(("attention", "bias_gelu", "bias_residual", "layer_norm"), 0)
+
+    def counting(name, function):
+        def call(*arguments):
+            count[name] += 1
+            return function(*arguments)
+
+        return call
+
+    for module in (attention, bias_gelu, bias_residual, layer_norm):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, name + "_forward", counting(name, getattr(module, name + "_forward")))
+    return count
+
+
+def images_for(model):
+    return random_images(model).to(model.var.device)
+
+
+def everything(model, x, parameters=True):
+    """[z, logdets, dx, gradients of the parameters ...] of the training loss."""
+    x = x.detach().requires_grad_()
+    z, _, logdets = model(x, Y.to(x.device))
+    wanted = [x, *(model.parameters() if parameters else ())]
+    return [z.detach(), logdets.detach(), *torch.autograd.grad(model.get_loss(z, logdets), wanted)]
+
+
+def assert_within_rule(got, truth, plain):
+    """Root mean square error at most twice PyTorch's in the same precision, plus two units in the last place. (The
+    largest error of a tensor of ten numbers, computed in 16 bits, is a matter of luck.)"""
+    for number, (ours, exact, theirs) in enumerate(zip(got, truth, plain, strict=True)):
+        error, allowed = ((t.double() - exact).square().mean().sqrt() for t in (ours, theirs))
+        allowed = 2 * allowed + 2 * torch.finfo(theirs.dtype).eps * exact.square().mean().sqrt()
+        assert error <= allowed, f"tensor {number}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.interpreter
+def test_model_is_the_reference(model, calls, device):
+    reference, plain, x = twin(model).to(device), twin(model, torch.float32).to(device), images_for(model)
+    got = everything(model, x)
+    assert calls == {"attention": 2, "bias_gelu": 2, "bias_residual": 4, "layer_norm": 4}
+    assert_within_rule(got, everything(reference, x.double()), everything(plain, x))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype, model, calls, device):
+    if why_not := OPS["attention"].why_not("triton", device, dtype):
+        pytest.skip(why_not)
+    plain, x = twin(model, torch.float32).to(device), images_for(model)
+    truth = everything(twin(model).to(device), x.double())
+    with torch.autocast(device.type, dtype):
+        got, reference = everything(model, x), everything(plain, x)
+    assert calls["attention"] == 2 and {t.dtype for t in got} == {torch.float32}
+    assert all((ours - exact).abs().max() > 1e-7 for ours, exact in zip(got[:3], truth[:3], strict=True)), (
+        "autocast was not honoured: the result is too exact for 16 bits"
+    )
+    assert_within_rule(got, truth, reference)
+
+
+@pytest.mark.interpreter
+def test_frozen_weights_give_the_same_input_gradients(model, device, monkeypatch):
+    x = images_for(model)
+    expected = everything(model, x)[2]
+    model.requires_grad_(False)
+    from tarflow_fast.kernels.triton import columns
+
+    monkeypatch.setattr(columns, "sum_kernel", None)  # no gradient of a weight is added up
+    assert same_bits(everything(model, x, parameters=False)[2], expected)
+
+
+@pytest.mark.interpreter
+def test_compile_without_a_graph_break(model, calls):
+    torch._dynamo.reset()
+    x = images_for(model)
+    got = everything(torch.compile(model, fullgraph=True, backend="aot_eager"), x, parameters=False)
+    assert calls["attention"] >= 2
+    torch.testing.assert_close(got, everything(model, x, parameters=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.interpreter
+def test_data_parallel(model, device, tmp_path):
+    expected = everything(model, images_for(model))[3:]
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        z, _, logdets = parallel(images_for(model), Y.to(device))
+        model.get_loss(z, logdets).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
+
+@pytest.mark.interpreter
+def test_auto_follows_the_variable(model, calls, device, monkeypatch):
+    model.backend, x = "auto", images_for(model)
+    z = model(x)[0]
+    assert calls["attention"] == (0 if device.type == "cpu" else 2)
+    monkeypatch.setenv("TARFLOW_FAST_BACKEND", "triton")
+    before = calls["attention"]
+    torch.testing.assert_close(model(x)[0], z, rtol=1e-5, atol=1e-5)
+    assert calls["attention"] == before + 2
+    monkeypatch.setenv("TARFLOW_FAST_BACKEND", "torch")
+    model(x)
+    assert calls["attention"] == before + 2
+
+
+@pytest.mark.interpreter
+def test_verify_holds(model, device):
+    rows = verify_layer(device.type)
+    assert {row["name"] for row in rows} == {"attention", "layer_norm", "bias_gelu", "bias_residual"}
+    assert all(row["ok"] for row in rows), rows
+
+
+# ---- stepping aside --------------------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.delta = base, nn.Linear(64, 192)
+
+    def forward(self, h):
+        return self.base(h) + 0.1 * self.delta(h)
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Marked(torch.Tensor):
+    """A stand-in for the weights of quantization and sharding, which are tensors of a class of their own."""
+
+
+def patch(layer):
+    original = layer.mlp.norm.forward
+    layer.mlp.norm.forward = lambda h: original(h) * 2
+
+
+def replace(module, name, value):
+    setattr(module, name, value)
+
+
+CHANGES = {
+    "attention.qkv is a Adapter": lambda layer: replace(layer.attention, "qkv", Adapter(layer.attention.qkv)),
+    "attention.proj has hooks": lambda layer: layer.attention.proj.register_forward_hook(lambda m, i, o: 2 * o),
+    "attention.norm has hooks": lambda layer: layer.attention.norm.register_forward_pre_hook(lambda m, i: (2 * i[0],)),
+    "attention has hooks": lambda layer: layer.attention.register_forward_hook(lambda m, i, o: 2 * o),
+    "mlp has hooks": lambda layer: layer.mlp.register_full_backward_hook(lambda m, i, o: None),
+    "mlp.norm has a forward of its own": patch,
+    "mlp.main.0 is a ParametrizedLinear": lambda layer: parametrize.register_parametrization(
+        layer.mlp.main[0], "weight", Double()
+    ),
+    "mlp.main.2 is a ParametrizedLinear": lambda layer: weight_norm(layer.mlp.main[2]),
+    "mlp.main.1 is a SiLU": lambda layer: replace(layer.mlp.main, "1", nn.SiLU()),
+    "mlp.main.1 is not the exact GELU": lambda layer: replace(layer.mlp.main, "1", nn.GELU("tanh")),
+    "mlp.main is not Linear, GELU, Linear": lambda layer: layer.mlp.main.append(nn.Dropout()),
+    "mlp.norm has a bias that is a NoneType": lambda layer: replace(layer.mlp, "norm", nn.LayerNorm(64, bias=False)),
+    "attention.norm has shape (10, 64)": lambda layer: replace(layer.attention, "norm", nn.LayerNorm((10, 64))),
+    "attention.proj has a weight that is a Marked": lambda layer: replace(
+        layer.attention.proj, "weight", nn.Parameter(layer.attention.proj.weight.detach().as_subclass(Marked))
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_a_changed_layer_is_left_to_its_modules(reason):
+    model = random_flow(**CONFIG)
+    layer, other = model.blocks[0].attn_blocks[0], model.blocks[1].attn_blocks[0]
+    assert why_not_fused(layer) == ""
+    CHANGES[reason](layer)
+    assert why_not_fused(layer) == reason and why_not_fused(other) == ""
+    assert not takes_fused_layer(layer, torch.zeros(1, 2, 64), "triton")
+
+
+def test_hooks_on_every_module_are_honoured():
+    layer = random_flow(**CONFIG).blocks[0].attn_blocks[0]
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    assert why_not_fused(layer) == "every module has hooks"
+    handle.remove()
+    assert why_not_fused(layer) == ""
+
+
+@pytest.mark.interpreter
+def test_changed_layers_change_the_model(model, calls):
+    """One layer with an adapter and one without: both count, each in its own way."""
+    layer, x = model.blocks[1].attn_blocks[0], images_for(model)
+    layer.attention.qkv = Adapter(layer.attention.qkv).to(x.device)
+    z = model(x)[0]
+    assert calls["attention"] == 1
+    model.backend = "torch"
+    torch.testing.assert_close(z, model(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_tensors_are_left_to_the_modules():
+    if INTERPRETED:
+        pytest.skip("the interpreter takes CPU tensors")
+    model, x = random_flow(**CONFIG), random_images(random_flow(**CONFIG))
+    layer, h = model.blocks[0].attn_blocks[0], torch.randn(2, 10, 64)
+    assert not takes_fused_layer(layer, h, "auto") and not takes_fused_layer(layer, h, "cpu")
+    assert takes_fused_layer(layer, h, "triton"), "asked for by name: the ops say why they cannot run"
+    with pytest.raises(RuntimeError, match=r"^layer_norm: backend 'triton' cannot run"):
+        model.backend = "triton"
+        model(x)
+
+
+def test_other_mixtures_of_dtypes_are_left_to_the_modules():
+    layer = random_flow(**CONFIG).blocks[0].attn_blocks[0]
+    assert takes_fused_layer(layer, torch.zeros(1, 2, 64, dtype=torch.bfloat16), "triton")
+    layer.attention.norm.bfloat16()
+    assert takes_fused_layer(layer, torch.zeros(1, 2, 64, dtype=torch.bfloat16), "triton")
+    assert not takes_fused_layer(layer, torch.zeros(1, 2, 64), "triton")
+    layer.float().attention.proj.half()
+    assert not takes_fused_layer(layer, torch.zeros(1, 2, 64, dtype=torch.bfloat16), "triton")
+
+
+def test_transforms_take_the_modules():
+    layer = random_flow(**CONFIG).blocks[0].attn_blocks[0]
+    seen = []
+    torch.func.vmap(lambda h: seen.append(takes_fused_layer(layer, h, "triton")) or h)(torch.zeros(2, 3, 64))
+    assert seen == [False]

@@ -1,0 +1,302 @@
+"""The inverse by fused step kernels: whole blocks and models against reference.py, and when it steps aside."""
+
+import copy
+import dataclasses
+import os
+import sys
+
+import pytest
+import torch
+from compare import assert_accurate, same_bits
+from flows import random_flow, random_noise, twin
+from torch import nn
+
+from tarflow_fast import reference
+from tarflow_fast.block import MetaBlock
+from tarflow_fast.inverse import Guidance, InverseCall, invert_block
+from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph, prepare_graph, why_not_graph
+from tarflow_fast.ops import registry
+from tarflow_fast.ops.registry import triton_missing, triton_refuses
+
+GUIDED = Guidance(1.5, "ab", attn_temp=0.6)
+ANNEALED = Guidance(0.8, "a", attn_temp=1.7, annealed=True)
+B, T, D = 3, 4, 5
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def triton_device(device):
+    if why_not := triton_refuses(device, torch.float32) or triton_missing():
+        pytest.skip(why_not)
+    return device
+
+
+def make_block(seed=0, flip=False, nvp=True, num_classes=0, num_layers=1, T=T):
+    """A block with every parameter drawn, small enough for an interpreter."""
+    block = MetaBlock(D, 32, T, flip, num_layers, head_size=16, nvp=nvp, num_classes=num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in block.named_parameters():
+        draw = torch.randn(parameter.shape, generator=generator)
+        is_matrix = parameter.ndim == 2 and "embed" not in name
+        parameter.copy_(draw / parameter.shape[-1] ** 0.5 if is_matrix else 0.3 * draw)
+        if "norm.weight" in name:
+            parameter.add_(1.0)
+    block.proj_out.weight.mul_(0.15)  # log-scales of a few tenths: what a trained flow has
+    block.proj_out.bias.mul_(0.3)
+    return block.requires_grad_(False)
+
+
+def reference_block(block, dtype):
+    """The same block in reference.py."""
+    layers, T = len(block.attn_blocks), block.pos_embed.size(0)
+    plain = reference.MetaBlock(D, 32, T, block.flip, layers, block.nvp, block.num_classes, head_size=16)
+    plain.load_state_dict(block.state_dict())
+    return plain.to(dtype)
+
+
+def noise(seed=1, rows=B, T=T):
+    return torch.randn(rows, T, D, generator=torch.Generator().manual_seed(seed))
+
+
+CASES = {
+    "plain": ({}, None, Guidance(), 1),
+    "flip-classes-guided": ({"flip": True, "num_classes": 3, "num_layers": 2}, [2, -1, 0], GUIDED, 1),
+    "shift-only-annealed": ({"nvp": False}, None, ANNEALED, 1),
+    "annealed-scale": ({"flip": True}, None, ANNEALED, 1),
+    "window": ({"num_classes": 3}, [0, 1, 2], Guidance(0.7, "b"), 3),
+    "window-flip-guided": ({"flip": True}, None, GUIDED, 2),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_block_is_that_of_the_reference(case, storage, triton_device):
+    config, labels, guidance, W = CASES[case]
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
+    if why_not := triton_refuses(triton_device, dtype):
+        pytest.skip(why_not)
+    if triton_device.type == "cpu" and storage == "fp16" and case not in ("flip-classes-guided", "window"):
+        pytest.skip("two cases of this type are enough for an interpreter")
+    block, z = make_block(**config), noise().to(triton_device)
+    y = None if labels is None else torch.tensor(labels, device=triton_device)
+    kept, block = z.clone(), block.to(triton_device)
+    autocast = torch.autocast(triton_device.type, dtype, enabled=storage != "fp32")
+    arguments = (guidance.weight, guidance.what, guidance.attn_temp, guidance.annealed)
+    truth = reference_block(block, torch.float64).to(triton_device).reverse(z.double(), y, *arguments)
+    with autocast:
+        plain = reference_block(block, torch.float32).to(triton_device).reverse(z, y, *arguments)
+        workspace = GraphWorkspace(block, B, guidance.active, dtype, window=W)
+        workspace.prepare()
+        x, log_det = invert_graph(block, z, y, guidance, workspace)
+    assert_accurate("x", x.cpu(), truth.cpu(), plain.cpu())
+    assert torch.equal(z, kept), "the caller's noise is never written"
+    # Of the guided net there is no forward pass; without guidance forward must give the noise and -log_det back.
+    if not guidance.active:
+        back, mean = reference_block(block, torch.float64).to(triton_device)(x.double(), y)
+        slack = {"fp32": 1e-4, "fp16": 0.1, "bf16": 1.0}[storage]
+        torch.testing.assert_close(back, z.double(), rtol=0, atol=slack)
+        torch.testing.assert_close(-mean * T * D, log_det.double(), rtol=0, atol=slack * 3)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["plain", "guided"])
+def test_log_det_is_that_of_the_sequential_inverse(guidance, triton_device):
+    block, z = make_block().to(triton_device), noise().to(triton_device)
+    _, log_det = invert_graph(block, z, None, guidance)
+    exact, plain = (
+        invert_block(copy.deepcopy(block).to(kind), z.to(kind), None, guidance, InverseCall("torch"))[1]
+        for kind in (torch.float64, torch.float32)
+    )
+    assert_accurate("log_det", log_det.cpu(), exact.cpu(), plain.cpu())
+
+
+@pytest.mark.interpreter
+def test_a_workspace_serves_every_block_and_remembers_nothing(triton_device):
+    first, second = (make_block(seed, flip=bool(seed), T=3).to(triton_device) for seed in (0, 1))
+    z, ticks = noise(T=3).to(triton_device), []
+    workspace = prepare_graph(first, z, Guidance())
+    once = invert_graph(first, z, None, Guidance(), workspace, lambda: ticks.append(1))
+    assert len(ticks) == 2
+    other = invert_graph(second, z, None, Guidance(), workspace)
+    assert not torch.equal(other[0], once[0])
+    for block, expected in ((first, once), (second, other)):
+        again = invert_graph(block, z, None, Guidance(), workspace)
+        fresh = invert_graph(block, z, None, Guidance())
+        assert all(map(same_bits, again, expected)) and all(map(same_bits, fresh, expected))
+    with pytest.raises(ValueError, match=r"^invert_graph: workspace must be one of this block's shapes"):
+        invert_graph(first, noise(rows=2, T=3).to(triton_device), None, Guidance(), workspace)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy
+def test_a_row_that_overflows_leaves_the_others_alone(triton_device):
+    block, z = make_block().to(triton_device), noise().to(triton_device)
+    clean, clean_log_det = invert_graph(block, z, None, Guidance())
+    z[1, 2] = torch.nan
+    x, log_det = invert_graph(block, z, None, Guidance())
+    assert x[1, 2:].isnan().all() and same_bits(x[1, :2], clean[1, :2]) and log_det[1].isnan()
+    assert same_bits(x[[0, 2]], clean[[0, 2]]) and same_bits(log_det[[0, 2]], clean_log_det[[0, 2]])
+
+
+@pytest.mark.interpreter
+def test_no_rows_and_one_token(triton_device):
+    block = make_block().to(triton_device)
+    x, log_det = invert_block(block, noise(rows=0).to(triton_device), None, GUIDED, InverseCall("triton"))
+    assert x.shape == (0, T, D) and log_det.shape == (0,)
+    short = make_block(T=1).to(triton_device)
+    z = noise(T=1).to(triton_device)
+    x, log_det = invert_block(short, z, None, Guidance(), InverseCall("triton"))
+    assert torch.equal(x, z) and x is not z and not log_det.any()
+
+
+@pytest.mark.interpreter
+def test_a_whole_model(triton_device):
+    model = random_flow(img_size=4, num_classes=3, scale=0.3, backend="triton").to(triton_device)
+    reference_model, z = twin(model).to(triton_device), random_noise(model).to(triton_device)
+    y, arguments = torch.tensor([1, -1], device=triton_device), {"guidance": 1.2, "attn_temp": 0.8}
+    got, truth = model.reverse(z, y, **arguments), reference_model.reverse(z.double(), y, **arguments)
+    plain = twin(model, torch.float32).to(triton_device).reverse(z, y, **arguments)
+    assert_accurate("images", got.cpu(), truth.cpu(), plain.cpu())
+    tokens, _, _ = model(model.sample(2, seed=5))
+    drawn = torch.randn(2, *model.var.shape, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close((tokens / model.var.sqrt()).cpu(), drawn, rtol=0, atol=1e-4)
+
+
+# ---- stepping aside ------------------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Linear):
+    pass
+
+
+def with_adapter(block):
+    block.attn_blocks[1].attention.qkv = Adapter(32, 96)
+
+
+def with_hook(block):
+    block.attn_blocks[0].register_forward_hook(lambda *_: None)
+
+
+def with_parametrization(block):
+    nn.utils.parametrizations.weight_norm(block.attn_blocks[0].mlp.main[0])
+
+
+def with_tanh_gelu(block):
+    block.attn_blocks[0].mlp.main[1] = nn.GELU(approximate="tanh")
+
+
+def with_half_a_layer(block):
+    block.attn_blocks[1].mlp.main.half()
+
+
+def without_bias(block):
+    block.attn_blocks[0].attention.proj = nn.Linear(32, 32, bias=False)
+
+
+def with_own_forward(block):
+    block.attn_blocks[0].mlp.forward = lambda h: h
+
+
+def without_norm_weights(block):
+    block.attn_blocks[0].mlp.norm = nn.LayerNorm(32, elementwise_affine=False)
+
+
+OBJECTIONS = {
+    with_adapter: "attn_blocks.1.attention.qkv is a Adapter",
+    with_hook: "attn_blocks.0 has hooks or a forward of its own",
+    with_parametrization: "attn_blocks.0.mlp.main.0 is a ParametrizedLinear",
+    with_tanh_gelu: "attn_blocks.0.mlp.main is not Linear, exact GELU, Linear",
+    with_half_a_layer: "a parameter is torch.float16 on cpu, pos_embed torch.float32 on cpu",
+    without_bias: "there is no attn_blocks.0.attention.proj.bias",
+    without_norm_weights: "there is no attn_blocks.0.mlp.norm.weight",
+    with_own_forward: "attn_blocks.0.mlp has hooks or a forward of its own",
+}
+
+
+def by_name(block, z, **choices):
+    return invert_block(block, z, None, Guidance(), InverseCall("triton", **choices))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("change", OBJECTIONS, ids=lambda change: change.__name__)
+def test_what_is_not_fused(change, triton_device):
+    block = make_block(num_layers=2)
+    change(block)
+    block = block.to(triton_device)
+    with pytest.raises(RuntimeError) as caught:
+        by_name(block, noise().to(triton_device))
+    said = str(caught.value).replace("cuda:0", "cpu").replace("on cuda", "on cpu")
+    assert said == "block_inverse: backend 'triton' cannot run: " + OBJECTIONS[change]
+
+
+@pytest.mark.interpreter
+def test_what_it_cannot_compute(triton_device):
+    block, z = make_block().to(triton_device), noise().to(triton_device)
+    assert why_not_graph(block, z) == ""
+    cannot = r"^block_inverse: backend 'triton' cannot run: "
+    with pytest.raises(RuntimeError, match=cannot + "z is a Tensor of torch.float64$"):
+        by_name(block.double(), z.double())
+    block = block.float()
+    with pytest.raises(RuntimeError, match=cannot + "it has no precision 'int8'$"):
+        by_name(block, z, precision="int8")
+    with pytest.raises(RuntimeError, match=cannot + "it has no gradient, and a differentiable inverse was asked for$"):
+        by_name(block, z, differentiable=True)
+    odd = MetaBlock(D, 48, T, num_layers=1, head_size=24).to(triton_device)
+    assert why_not_graph(odd, z) == "head size 24 is not 16, 32, 64 or 128, or the MLP no multiple of 16"
+
+
+@pytest.mark.interpreter
+def test_precision_chooses_the_storage(triton_device):
+    block, z = make_block().to(triton_device), noise().to(triton_device)
+    with torch.autocast(triton_device.type, torch.float16):
+        call = InverseCall("triton", "fp32")
+        x, _ = invert_block(block, z, None, Guidance(), call)
+    assert call.graph.dtype == torch.float32 and call.graph.nbytes > 0
+    assert same_bits(x, by_name(block, z)[0])
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a graph can be captured")
+def test_without_a_graph_the_same_kernels_run(triton_device):
+    block, z = make_block(T=3), noise(T=3)
+    workspace = GraphWorkspace(block, B, False, torch.float32)
+    workspace.capture = True
+    with pytest.warns(RuntimeWarning, match="^tarflow_fast runs its GPU inverse without a CUDA graph: "):
+        workspace.prepare()
+    assert workspace.graph is None
+    assert same_bits(invert_graph(block, z, None, Guidance(), workspace)[0], by_name(block, z)[0])
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the table is changed for CPU tensors")
+def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch):
+    """By name that raises; auto leaves the block to PyTorch, and warns."""
+    from tarflow_fast.ops import block_inverse as op
+
+    def fails(*arguments):
+        raise RuntimeError("out of shared memory")
+
+    module = sys.modules[op.__module__]
+    monkeypatch.delenv("TARFLOW_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(module, "prepare_graph", fails)
+    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, auto={"cpu": ("triton", "torch")}))
+    registry._warn_once.cache_clear()
+    block, z = make_block(T=3), noise(T=3)
+    with pytest.raises(RuntimeError, match=r"^out of shared memory$"):
+        by_name(block, z)
+    with pytest.warns(RuntimeWarning, match=r"inverts on 'torch' instead of 'triton' \(cpu tensors\): out of shared"):
+        x, _ = invert_block(block, z, None, Guidance())
+    assert same_bits(x, invert_block(block, z, None, Guidance(), InverseCall("torch"))[0])
+    registry._warn_once.cache_clear()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+def test_without_an_interpreter_it_needs_a_gpu():
+    with pytest.raises(RuntimeError, match=r"^block_inverse: backend 'triton' cannot run: it needs GPU tensors"):
+        by_name(make_block(), noise())

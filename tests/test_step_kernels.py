@@ -1,0 +1,287 @@
+"""Each kernel of a sampling step against float64, by the error rule; through Triton's interpreter, or on a GPU.
+
+`plain` is what PyTorch makes of it under autocast: the residual stream float32, products in the storage type.
+"""
+
+import math
+
+import pytest
+import torch
+from compare import assert_accurate, same_bits
+from torch.nn import functional as F
+
+from tarflow_fast.ops.registry import triton_missing, triton_refuses
+
+pytest.importorskip("triton")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STARTS = {3: [0, 4, 8], 2: [8, 3], 1: [6]}  # positions of the rows, the last token of T = 10 never among them
+
+
+@pytest.fixture(params=DTYPES, ids=["fp32", "fp16", "bf16"])
+def dtype(request, device):
+    if why_not := triton_refuses(device, request.param) or triton_missing():
+        pytest.skip(why_not)
+    return request.param
+
+
+def draw(*shape, device, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(shape)).to(dtype).to(device)
+
+
+def scratch_for(R, W, C, hidden, H, T, E, dtype, device):
+    from tarflow_fast.kernels.triton import tuning_step
+
+    kinds = {"fp32": torch.float32, "int32": torch.int32, "storage": dtype}
+    sizes = tuning_step.scratch(R, W, C, hidden, H, T, E, dtype)
+    return {name: torch.zeros(size, dtype=kinds[kind], device=device) for name, (size, kind) in sizes.items()}
+
+
+def positions(starts, W):
+    """Positions of the queries (R W,), as the kernels number them."""
+    return (starts[:, None] + torch.arange(W, device=starts.device)).flatten()
+
+
+def product(x, weight, bias, dtype):
+    """F.linear as autocast runs it; in float64 where everything is."""
+    return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+
+
+# ---- head ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("flip", [0, 1])
+@pytest.mark.parametrize("R, W, C, D", [(1, 1, 16, 3), (3, 4, 48, 12), (2, 1, 64, 80)])
+def test_embed(R, W, C, D, flip, dtype, device):
+    from tarflow_fast.kernels.triton.step_embed import embed
+
+    T, B = 10, (R + 1) // 2
+    x, weight, bias = draw(B, T, D, device=device), draw(C, D, device=device, dtype=dtype), draw(C, device=device)
+    pos, classes = draw(T, C, device=device), draw(R, C, device=device)
+    now = torch.tensor(STARTS[R], dtype=torch.int32, device=device)
+    starts = torch.stack([torch.full_like(now, 77), now])
+    h = torch.full((R * W, C), torch.nan, device=device)
+    embed(x, weight, bias, pos, classes, h, starts, torch.tensor([flip], dtype=torch.int32, device=device), W)
+    assert torch.equal(starts[0], now), "the step begins where the one before it ended"
+    p = positions(now, W)
+    rows, place = torch.arange(R * W, device=device) // W, torch.where(p < T - 1, T - 1 - p if flip else p, 0)
+
+    def expected(kind, wide):
+        tokens = x.to(wide)[rows % B, place]
+        out = product(tokens, weight, bias, kind).to(wide) + pos.to(wide)[place] + classes.to(wide)[rows]
+        return torch.where((p < T - 1)[:, None], out, 0.0)
+
+    assert_accurate("h", h.cpu(), expected(torch.float64, torch.float64).cpu(), expected(dtype, torch.float32).cpu())
+
+
+# ---- linear layers -------------------------------------------------------------------------------------------------
+
+LAYERS = [(1, 32, 16), (5, 256, 48), (18, 64, 96), (33, 64, 64)]  # (M, K, N); K = 256 is split over programs
+
+
+def layer(M, K, N, dtype, device):
+    weight, bias = draw(N, K, device=device, dtype=dtype, scale=K**-0.5), draw(N, device=device)
+    scratch = scratch_for(M, 1, N, K, 1, 10, 16, dtype, device)
+    scratch["partials"] = torch.full(
+        (8 * M * max(3 * K, N),), torch.nan, device=device
+    )  # nothing may read a stale part
+    scratch["normalized"] = torch.zeros(M, K, dtype=dtype, device=device)
+    scratch["counters"] = torch.zeros(256, dtype=torch.int32, device=device)
+    return weight, bias, scratch
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("M, K, N", LAYERS)
+def test_residual(M, K, N, dtype, device):
+    from tarflow_fast.kernels.triton.step_linear import linear
+
+    weight, bias, scratch = layer(M, K, N, dtype, device)
+    x, h = draw(M, K, device=device, dtype=dtype), draw(M, N, device=device)
+    got = h.clone()
+    linear(x, weight, bias, got, scratch, "residual")
+    assert not scratch["counters"].any(), "counters are left at zero for the next launch"
+    truth, plain = (h + product(x, weight, bias, kind) for kind in (torch.float64, dtype))
+    assert_accurate("h", got.cpu(), truth.cpu(), plain.float().cpu())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("M, K, N", LAYERS)
+def test_gelu(M, K, N, dtype, device):
+    from tarflow_fast.kernels.triton.step_linear import linear
+
+    weight, bias, scratch = layer(M, K, N, dtype, device)
+    h, gain, shift = 30 + 3 * draw(M, K, device=device), 1 + draw(K, device=device, scale=0.2), draw(K, device=device)
+    got = torch.full((M, N), torch.nan, dtype=dtype, device=device)
+    linear(h, weight, bias, got, scratch, "gelu", (gain, shift, 1e-5))
+
+    def expected(kind, wide):
+        normal = F.layer_norm(h.to(wide), (K,), gain.to(wide), shift.to(wide))
+        return F.gelu(product(normal, weight, bias, kind))
+
+    assert_accurate(
+        "activations", got.cpu(), expected(torch.float64, torch.float64).cpu(), expected(dtype, torch.float32).cpu()
+    )
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("R, W", [(3, 1), (2, 3), (1, 35)])
+def test_append(R, W, dtype, device):
+    from tarflow_fast.kernels.triton.step_linear import linear
+
+    H, E, T = 3, 16, 10
+    C, M = H * E, R * W
+    weight, bias, scratch = layer(M, C, 3 * C, dtype, device)
+    h, gain, shift = draw(M, C, device=device), draw(C, device=device), draw(C, device=device)
+    starts = torch.tensor([STARTS[R], [99] * R], dtype=torch.int32, device=device)
+    cache = torch.full((2, R, H, T, E), -7.0, dtype=dtype, device=device)
+    queries = torch.full((M, C), torch.nan, dtype=dtype, device=device)
+    linear(h, weight, bias, queries, scratch, "append", (gain, shift, 1e-5), (cache, starts, W))
+
+    def expected(kind, wide):
+        normal = F.layer_norm(h.to(wide), (C,), gain.to(wide), shift.to(wide))
+        qkv = product(normal, weight, bias, kind).view(R, W, 3, H, E).permute(2, 0, 3, 1, 4)
+        pair = torch.full((2, R, H, T, E), -7.0, dtype=kind, device=device)
+        for r, start in enumerate(STARTS[R]):
+            end = min(start + W, T - 1)  # neither past the cache, nor the last token, whose output nobody needs
+            pair[:, r, :, start:end] = qkv[1:, r, :, : end - start]
+        return qkv[0].transpose(1, 2).reshape(M, C), pair
+
+    truth, plain = expected(torch.float64, torch.float64), expected(dtype, torch.float32)
+    assert_accurate("queries", queries.cpu(), truth[0].cpu(), plain[0].cpu())
+    assert_accurate("cache", cache.cpu(), truth[1].cpu(), plain[1].cpu())
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("R, W, H, E, T, starts", [
+    (1, 1, 1, 64, 10, [0]),
+    (3, 1, 2, 16, 300, [5, 64, 298]),  # split over keys, parts without any among them
+    (2, 3, 2, 32, 200, [0, 130]),
+    (1, 20, 1, 16, 100, [85]),  # the window runs past the end
+])  # fmt: skip
+def test_cached_attention(R, W, H, E, T, starts, dtype, device):
+    from tarflow_fast.kernels.triton.cached_attention import cached_attention
+
+    M, C = R * W, H * E
+    q, cache = draw(M, C, device=device, dtype=dtype), draw(2, R, H, T, E, device=device, dtype=dtype)
+    scratch = scratch_for(R, W, C, 4 * C, H, T, E, dtype, device)
+    scratch["partials"].fill_(torch.nan)
+    scratch["sums"].fill_(torch.nan)
+    places = torch.tensor([starts, [0] * R], dtype=torch.int32, device=device)
+    p = positions(places[0], W)
+    for r, start in enumerate(starts):
+        cache[:, r, :, min(start + W, T - 1) :] = torch.nan  # what is not there yet may hold anything
+    temperature = torch.linspace(0.5, 2, R, device=device)
+    got = torch.full((M, C), torch.nan, dtype=dtype, device=device)
+    scale = (math.log2(math.e) * E**-0.5) / temperature
+    for _ in range(2):  # counters must be fit for a second launch
+        cached_attention(q, cache, scale, places, got, scratch, W)
+    assert not scratch["counters"].any()
+
+    def expected(kind):
+        out = torch.full((M, C), torch.nan, dtype=kind, device=device)
+        for m in range(M):
+            if p[m] < T - 1:
+                keys, values = (part[m // W, :, : p[m] + 1].to(kind) for part in cache)
+                query = q[m].view(H, 1, E).to(kind) / temperature[m // W].to(kind)
+                out[m] = F.scaled_dot_product_attention(query, keys, values).flatten()
+        return out
+
+    live = (p < T - 1).cpu()
+    truth, plain = expected(torch.float64).cpu()[live], expected(dtype).cpu()[live]
+    assert_accurate("attention", got.cpu()[live], truth, plain)
+
+
+@pytest.mark.interpreter
+def test_a_machine_filled_by_rows_splits_nothing(device, monkeypatch):
+    """The same sums, in one part or in several."""
+    from tarflow_fast.kernels.triton import tuning_step
+    from tarflow_fast.kernels.triton.cached_attention import cached_attention
+
+    if why_not := triton_refuses(device, torch.float32) or triton_missing():
+        pytest.skip(why_not)
+    R, H, E, T = 2, 1, 16, 150
+    q, cache = draw(R, H * E, device=device), draw(2, R, H, T, E, device=device)
+    starts, scale = torch.tensor([[100, 3], [0] * 2], dtype=torch.int32, device=device), torch.ones(R, device=device)
+    scratch, results = scratch_for(R, 1, H * E, 64, H, T, E, q.dtype, device), []
+    for programs, splits in ((132, 3), (2, 1)):
+        monkeypatch.setattr(tuning_step, "PROGRAMS", programs)
+        assert tuning_step.attention(R, H, T, 1, q.dtype)["SPLITS"] == splits
+        results.append(torch.empty_like(q))
+        cached_attention(q, cache, scale, starts, results[-1], scratch, 1)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.interpreter
+def test_cached_attention_does_not_depend_on_other_rows(device):
+    from tarflow_fast.kernels.triton.cached_attention import cached_attention
+
+    if why_not := triton_refuses(device, torch.float32) or triton_missing():
+        pytest.skip(why_not)
+    R, H, E, T = 3, 2, 16, 150
+    q, cache = draw(R, H * E, device=device), draw(2, R, H, T, E, device=device)
+    starts = torch.tensor([[100, 3, 140], [0] * 3], dtype=torch.int32, device=device)
+    scratch, scale = scratch_for(R, 1, H * E, 64, H, T, E, q.dtype, device), torch.full((R,), 0.3, device=device)
+
+    def run(rows):
+        out = torch.empty_like(q)
+        cached_attention(q[rows], cache[:, rows].contiguous(), scale, starts[:, rows].contiguous(), out, scratch, 1)
+        return out
+
+    straight = run([0, 1, 2])
+    cache[:, 1] = torch.nan
+    assert same_bits(run([2, 1, 0])[[2, 0]], straight[[0, 2]])
+
+
+# ---- tail ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("B, W, C, D, scale, guided, flip", [
+    (1, 1, 16, 3, True, False, 0),
+    (3, 1, 64, 12, True, True, 1),
+    (2, 4, 32, 20, True, True, 0),
+    (2, 3, 32, 5, False, True, 1),
+    (3, 1, 32, 16, False, False, 0),
+])  # fmt: skip
+def test_affine_inverse(B, W, C, D, scale, guided, flip, dtype, device):
+    from tarflow_fast.kernels.triton import tuning_step
+    from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
+
+    T, R = 10, B * (1 + guided)
+    h = draw(R * W, C, device=device, scale=0.3)
+    weight = draw(D * (1 + scale), C, device=device, dtype=dtype, scale=C**-0.5)
+    bias, z = draw(D * (1 + scale), device=device), draw(B, T, D, device=device)
+    x, sums = draw(B, T, D, device=device), torch.zeros(tuning_step.tail_tiles(C, D, dtype), B, T, device=device)
+    now = torch.tensor(STARTS[B] * (1 + guided), dtype=torch.int32, device=device)
+    starts = torch.stack([now, torch.full_like(now, 77)])
+    table = draw(2, T, device=device).abs()
+    table[0, 4] = 0.0  # no guidance of a there, whatever the unguided pass says
+    got = x.clone()
+    affine_inverse(
+        h, weight, bias, z, got, sums, starts, torch.tensor([flip], dtype=torch.int32, device=device), table, W, guided
+    )
+    assert torch.equal(starts[1], now + (W == 1)) and torch.equal(starts[0], now)
+
+    def expected(kind, wide):
+        solved, total = x.to(wide), torch.zeros(B, T, dtype=wide, device=device)
+        ab = product(h, weight, bias, kind).to(wide).view(R, W, -1)
+        a, b = ab.chunk(2, dim=-1) if scale else (torch.zeros_like(ab), ab)
+        for r in range(B):
+            for w in range(W):
+                p = STARTS[B][r] + w
+                if p >= T - 1:
+                    continue
+                ga, gb = table[:, p].to(wide) if guided else (0.0, 0.0)
+                u = r + B if guided else r
+                its_a, its_b = a[r, w] + ga * (a[r, w] - a[u, w]), b[r, w] + gb * (b[r, w] - b[u, w])
+                place = T - 2 - p if flip else p + 1
+                solved[r, place] = z[r, place].to(wide) * its_a.exp() + its_b
+                total[r, p] = its_a.sum()
+        return solved, total
+
+    truth, plain = expected(torch.float64, torch.float64), expected(dtype, torch.float32)
+    assert_accurate("x", got.cpu(), truth[0].cpu(), plain[0].cpu())
+    assert_accurate("sums", sums.sum(0).cpu(), truth[1].cpu(), plain[1].cpu())

@@ -1,0 +1,200 @@
+"""The kernels of training and density compile for sm_80 and sm_90 without a GPU, in every configuration of tuning.py:
+no spills, little shared memory, tensor cores where there are some, 16-byte loads.
+"""
+
+import importlib
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from test_triton_compile import SHARED_LIMIT, compile_kernel, fresh_cache, resources, widths  # noqa: F401
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+STRIDES = ("stride_b", "stride_t", "stride_h")
+ATTENTION_POINTERS = {  # of (storage type, float32)
+    "forward": (("q_ptr", "k_ptr", "v_ptr", "out_ptr"), ("lse_ptr",)),
+    "query": (("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dqkv_ptr"), ("lse_ptr", "statistics_ptr")),
+    "key": (("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dqkv_ptr"), ("statistics_ptr",)),
+}
+
+
+def compile_attention(part, arch, E, dtype, even):
+    from tarflow_fast.kernels.triton import attention as kernels
+    from tarflow_fast.kernels.triton import tuning
+
+    stored, wide = ATTENTION_POINTERS[part]
+    storage = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    tiles = tuning.attention(part, E, storage, arch)
+    return compile_kernel(
+        getattr(kernels, part + "_kernel"),
+        arch,
+        dict.fromkeys(stored, dtype) | dict.fromkeys(wide, "fp32"),
+        ("T", "heads", "H", "together", *STRIDES),
+        {"E": E, "EVEN": even, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+        tiles.num_warps,
+        tiles.num_stages,
+        floats=("scale", "logit_scale"),
+        aligned=(*STRIDES, "T") if even else STRIDES,
+    )
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("E", [16, 32, 64, 128])
+@pytest.mark.parametrize("part", ATTENTION_POINTERS)
+def test_attention(part, E, arch, tmp_path):
+    compiled = compile_attention(part, arch, E, "bf16", False)
+    check_attention(compiled, arch, tmp_path)
+    assert ("wgmma.mma_async" if arch == 90 else "mma.sync") in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch, dtype", [(80, "bf16"), (90, "bf16"), (90, "fp16")])
+@pytest.mark.parametrize("part", ATTENTION_POINTERS)
+def test_attention_of_whole_tiles(part, dtype, arch, tmp_path):
+    check_attention(compile_attention(part, arch, 64, dtype, True), arch, tmp_path)
+
+
+@pytest.mark.parametrize("E", [32, 64, 128])  # 16 and 32 share their tiles
+@pytest.mark.parametrize("part", ATTENTION_POINTERS)
+def test_attention_in_float32(part, E, tmp_path):
+    """One architecture: IEEE float32 has neither tensor cores nor tiles of its own on the other."""
+    compiled = compile_attention(part, 80, E, "fp32", False)
+    check_attention(compiled, 80, tmp_path)
+    assert "mma" not in compiled.asm["ptx"], "TF32 in place of float32"
+
+
+def check_attention(compiled, arch, folder):
+    used = resources(compiled, folder)
+    limit = SHARED_LIMIT[90] if arch == 90 else 99 * 1024  # what desktop GPUs have, which take the tiles of 80 too
+    assert used["LOCAL"] == 0 and used["STACK"] == 0 and compiled.metadata.shared <= limit, used
+    ptx = compiled.asm["ptx"]
+    loads = widths(compiled) + [int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)]
+    # All but the few loads and the one store of rows of statistics, which have fewer numbers than there are threads.
+    assert sum(width == 16 for width in loads) >= 2 / 3 * len(loads), sorted(loads)
+    assert sum(width < 16 for width in widths(compiled, "st")) <= 1, widths(compiled, "st")
+
+
+@pytest.mark.parametrize("part", ATTENTION_POINTERS)
+def test_attention_of_one_token_and_head(part):
+    """A launch turns arguments that are 1 into constants."""
+    from tarflow_fast.kernels.triton import attention as kernels
+
+    stored, wide = ATTENTION_POINTERS[part]
+    constants = {"E": 64, "EVEN": False, "BLOCK_M": 64, "BLOCK_N": 32} | dict.fromkeys(
+        ("T", "heads", "H", "together"), 1
+    )
+    pointers = dict.fromkeys(stored, "bf16") | dict.fromkeys(wide, "fp32")
+    compile_kernel(
+        getattr(kernels, part + "_kernel"), 90, pointers, STRIDES, constants, floats=("scale", "logit_scale")
+    )
+
+
+def test_attention_tiles_fit_each_other():
+    from tarflow_fast.kernels.triton import attention as kernels
+    from tarflow_fast.kernels.triton import tuning
+
+    from tarflow_fast.ops import attention, layer_norm
+
+    assert tuning.HEAD_SIZES == importlib.import_module(attention.__module__).HEAD_SIZES
+    assert tuning.NORM_WIDTH == importlib.import_module(layer_norm.__module__).MAX_WIDTH
+    for arch in SHARED_LIMIT:
+        for dtype in (torch.float32, torch.bfloat16):
+            for E in tuning.HEAD_SIZES:
+                tiles = {part: tuning.attention(part, E, dtype, arch) for part in ATTENTION_POINTERS}
+                for each in tiles.values():
+                    assert each.block_m % each.block_n == 0 and kernels.PADDING.value % each.block_m == 0
+                # what key_kernel reads of statistics past T, query_kernel must have written
+                assert tiles["query"].block_m % tiles["key"].block_n == 0
+
+
+# ---- layer_norm, bias_gelu, bias_residual ----------------------------------------------------------------------------
+
+
+def rows_kernels(op, stored, stream, N, full):
+    """(kernel, pointers, integers, constants, num_warps) of the forward and the backward kernel of an op."""
+    import triton.language as tl
+    from tarflow_fast.kernels.triton import tuning
+
+    kernels = importlib.import_module("tarflow_fast.kernels.triton." + op)
+    rows = tuning.layer_norm(N) if op == "layer_norm" else tuning.bias(N)
+    tile = {"ROWS": rows.rows, "COLUMNS": rows.columns, "COMPUTE": tl.float32}
+    statistics = {"mean_ptr": "fp32", "rstd_ptr": "fp32"}
+    forward, backward = {
+        "layer_norm": (
+            (
+                {"x_ptr": stream, "weight_ptr": "fp32", "bias_ptr": "fp32", "out_ptr": stored} | statistics,
+                {"EPS": 1e-5},
+            ),
+            (
+                {"dout_ptr": stored, "x_ptr": stream, "weight_ptr": "fp32", "dx_ptr": stream, "partial_ptr": "fp32"}
+                | statistics,
+                {"WEIGHTS": full},
+            ),
+        ),
+        "bias_gelu": (
+            ({"x_ptr": stored, "bias_ptr": "fp32", "out_ptr": stored}, {}),
+            (
+                {"dout_ptr": stored, "x_ptr": stored, "bias_ptr": "fp32", "dx_ptr": stored, "partial_ptr": "fp32"},
+                {"BIAS": full},
+            ),
+        ),
+        "bias_residual": (
+            ({"x_ptr": stored, "bias_ptr": "fp32", "residual_ptr": stream, "out_ptr": stream}, {}),
+            ({"dout_ptr": stream, "dx_ptr": stored, "partial_ptr": "fp32"}, {"INPUT": True, "BIAS": full}),
+        ),
+    }[op]
+    width = {"C" if op == "layer_norm" else "N": N}
+    yield kernels.forward_kernel, forward[0], ("rows",), forward[1] | width | tile, rows.num_warps
+    yield kernels.backward_kernel, backward[0], ("rows", "steps"), backward[1] | width | tile, rows.num_warps
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize(
+    "stored, stream, N, full",
+    [
+        ("bf16", "fp32", 768, True),
+        ("bf16", "fp32", 3072, False),
+        ("fp16", "fp16", 4096, True),
+        ("fp32", "fp32", 61, True),
+        ("fp32", "fp32", 8192, True),
+    ],
+)
+@pytest.mark.parametrize("op", ["layer_norm", "bias_gelu", "bias_residual"])
+def test_row_ops(op, stored, stream, N, full, arch, tmp_path):
+    for number, description in enumerate(rows_kernels(op, stored, stream, N, full)):
+        compiled = compile_kernel(description[0], arch, *description[1:])
+        used = resources(compiled, tmp_path)
+        assert used["LOCAL"] == 0 and used["STACK"] == 0, f"spills: {used}"
+        assert compiled.metadata.shared <= 48 * 1024
+        if N != 61:
+            loads, stores = widths(compiled), widths(compiled, "st")
+            assert sum(width == 16 for width in loads) >= 2 / 3 * len(loads), (number, loads)  # the rest: mean, rstd
+            assert 16 in stores, (number, stores)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_column_sums(parts, arch, tmp_path):
+    from tarflow_fast.kernels.triton import columns, tuning
+
+    rows, width, num_warps = tuning.COLUMN_SUMS
+    pointers = {"partial_ptr": "fp32", "first_ptr": "bf16", "second_ptr": "bf16"}
+    constants = {"PARTS": parts, "ROWS": rows, "COLUMNS": width}
+    compiled = compile_kernel(columns.sum_kernel, arch, pointers, ("count", "N"), constants, num_warps, aligned=("N",))
+    assert resources(compiled, tmp_path)["LOCAL"] == 0 and 16 in widths(compiled)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "bias_gelu", "bias_residual"])
+def test_row_ops_of_one_row(op):
+    for kernel, pointers, integers, constants, num_warps in rows_kernels(op, "bf16", "fp32", 1, True):
+        compile_kernel(kernel, 90, pointers, (), constants | dict.fromkeys(integers, 1), num_warps)
+
+
+def test_column_sums_of_one_number():
+    from tarflow_fast.kernels.triton import columns
+
+    pointers = {"partial_ptr": "fp32", "first_ptr": "fp32", "second_ptr": "fp32"}
+    constants = {"PARTS": 2, "ROWS": 32, "COLUMNS": 64, "count": 1, "N": 1}
+    compile_kernel(columns.sum_kernel, 90, pointers, (), constants)
