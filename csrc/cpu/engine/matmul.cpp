@@ -5,7 +5,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 512;  // inputs worked on at a time: two such parts of a panel a thread stay in the L2 cache
+constexpr int64_t CHUNK_BYTES = 16384;  // of a panel, for several tiles: all but the first find it in the L1 cache
 constexpr int MAX_ROWS = 6;
 
 // How many vectors of columns a tile of M rows has: all accumulators, one row of weights and a factor stay in
@@ -185,10 +185,13 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
     const auto* a = static_cast<const typename Math::Operand*>(operands);
     const Weight* weights = static_cast<const Weight*>(m.weights);
     const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    constexpr int64_t SHARED = CHUNK_BYTES / PANEL / int64_t(sizeof(Weight));
+    static_assert(SHARED % (Math::RUN * Math::INPUTS) == 0, "a chunk is whole runs");
+    const int64_t chunk = tiles == 1 ? m.inputs : SHARED;
     for (int64_t panel = first; panel < last; ++panel) {
         const float* scale = m.scale ? m.scale + panel * PANEL : nullptr;
-        for (int64_t k = 0; k < m.inputs; k += CHUNK) {
-            const int64_t inputs = m.inputs - k < CHUNK ? m.inputs - k : CHUNK, steps = inputs / Math::INPUTS;
+        for (int64_t k = 0; k < m.inputs; k += chunk) {
+            const int64_t inputs = m.inputs - k < chunk ? m.inputs - k : chunk, steps = inputs / Math::INPUTS;
             const Ends ends = {k == 0, k + inputs == m.inputs, scale, m.bias + panel * PANEL};
             const Weight* w = weights + panel * m.inputs * PANEL + k * PANEL;
             // What follows in memory is what comes next; past the last panel of this share it may be another thread's,
@@ -198,7 +201,7 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
             for (int64_t t = 0; t < tiles; ++t) {
                 const int64_t begin = rows * t / tiles, height = rows * (t + 1) / tiles - begin;
                 const char* ahead = next + lines * t / tiles * 64;
-                const int64_t each = lines / tiles / steps;
+                const int64_t each = (lines / tiles + steps - 1) / steps;
                 TileOf run = each >= 2 ? choose<Math, 2>(height) : choose<Math, 1>(height);
                 if (tiles == 1) {  // it meets its weights first, in order: the machine fetches ahead by itself
                     run = choose < Math, Math::AHEAD ? 1 : 0 > (height);
