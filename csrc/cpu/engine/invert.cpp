@@ -71,12 +71,26 @@ void run_stage(const Job& job, const Pass& p, int64_t stage) {
     }
 }
 
+// Threads that share columns meet every few microseconds; one that has lost its core to another program stops them all
+// for a time slice. When most of a run went into such waits, the next ones are made by one thread: the bits are the
+// same.
+constexpr int ALONE = 16;
+
+inline bool crowded(const Team& team, double elapsed) {
+    const double lost = 1e-9 * double(__atomic_load_n(&team.barrier->lost, __ATOMIC_RELAXED));
+    return elapsed > 0.002 && lost > 0.6 * elapsed * (team.size - 1);
+}
+
 // Runs from *stage until `limit` seconds have passed or the end is reached.
 template <class P>
 void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads) {
     const tf_inversion& in = job.in;
     const int64_t stages = job.plan.shape.L + 2, begin = *stage;
     const bool by_rows = rows_over_threads(job.plan, in.batch * job.share, threads, in.split);
+    if (!by_rows && threads > 1 && in.split == TF_SPLIT_AUTO && job.space.alone > 0) {
+        --job.space.alone;
+        threads = 1;
+    }
     const double start = seconds();
     int64_t stop = end;
     if (by_rows) {
@@ -95,8 +109,12 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
                                       rows,           1,           at / stages, in.classes,
                                       in.query_scale, in.flip != 0};
                       // Decided before the stage's own barriers, hence known to all after them.
-                      if (!by_rows && team.rank == 0)
-                          __atomic_store_n(&late[at & 1], seconds() - start > limit, __ATOMIC_RELEASE);
+                      if (!by_rows && team.rank == 0) {
+                          const double elapsed = seconds() - start;
+                          const bool waits = team.size > 1 && crowded(team, elapsed);
+                          if (waits) job.space.alone = ALONE;
+                          __atomic_store_n(&late[at & 1], waits || elapsed > limit, __ATOMIC_RELEASE);
+                      }
                       run_stage<P>(job, p, at);
                       if (team.rank == 0 && thread == 0) reached = at + 1;
                       if (!by_rows && __atomic_load_n(&late[at & 1], __ATOMIC_ACQUIRE)) break;

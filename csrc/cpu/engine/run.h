@@ -15,7 +15,7 @@ namespace {
 inline bool rows_over_threads(const Plan& plan, int64_t rows, int threads, int mode) {
     if (threads == 1) return false;
     if (mode != TF_SPLIT_AUTO) return mode == TF_SPLIT_ROWS;
-    const int64_t cached = int64_t(16) << 20, enough = 8;
+    const int64_t cached = int64_t(16) << 20, enough = 12;
     return plan.bytes <= cached && (rows >= enough * threads || (rows >= threads && panels(plan.shape.C) < threads));
 }
 

@@ -15,11 +15,18 @@
 namespace tf::TF_ISA {
 namespace {
 
+inline double seconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
 // Waiting: spin (the others are a microsecond behind), then yield (they lost their core), then sleep.
 struct Barrier {
     alignas(64) uint32_t arrived = 0;
     alignas(64) uint32_t epoch = 0;
     uint32_t sleepers = 0;
+    int64_t lost = 0;  // nanoseconds waited for threads that were not even running, by all together
 
     void wait(int size) {
         if (size == 1) return;
@@ -34,13 +41,12 @@ struct Barrier {
             if (__atomic_load_n(&epoch, __ATOMIC_ACQUIRE) != now) return;
             pause();
         }
-        for (int yield = 0; yield < 256; ++yield) {
-            if (__atomic_load_n(&epoch, __ATOMIC_ACQUIRE) != now) return;
-            sched_yield();
-        }
+        const double start = seconds();
+        for (int yield = 0; yield < 256 && __atomic_load_n(&epoch, __ATOMIC_ACQUIRE) == now; ++yield) sched_yield();
         __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
         while (__atomic_load_n(&epoch, __ATOMIC_SEQ_CST) == now) sleep_while(now);
         __atomic_sub_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
+        __atomic_add_fetch(&lost, int64_t((seconds() - start) * 1e9), __ATOMIC_RELAXED);
     }
 
   private:
@@ -78,12 +84,6 @@ struct Team {
     void wait() const { barrier->wait(size); }
     Range mine(int64_t items) const { return share(items, rank, size); }
 };
-
-inline double seconds() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
 
 }  // namespace
 }  // namespace tf::TF_ISA

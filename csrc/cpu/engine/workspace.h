@@ -24,6 +24,7 @@ struct Workspace {
     Scratch* scratch;  // [threads]
     void* memory;
     int64_t bytes;
+    int alone;            // how many more runs one thread makes by itself, the others having had no core lately
     double unit_seconds;  // of the last run, a stage of a token; 0 when there was none
 };
 
