@@ -225,3 +225,13 @@ def test_the_default_dtype_of_the_process_changes_nothing():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(ours, right) for ours, right in zip(got, expected, strict=True))
+
+
+def test_a_weight_that_is_no_parameter_is_honoured():
+    model = random_flow(**CONFIG)
+    noise, expected = random_noise(model), model.reverse(random_noise(model))
+    layer = model.blocks[0].proj_in
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+    torch.testing.assert_close(model.reverse(noise), expected, rtol=1e-5, atol=1e-5)
