@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from tarflow_fast.fused import fused_layer, takes_fused_layer
 from tarflow_fast.ops import affine
+from tarflow_fast.validate import check_labels, check_tensor
 
 if TYPE_CHECKING:
     from tarflow_fast.inverse.workspace import KVCache
@@ -175,6 +176,8 @@ class MetaBlock(nn.Module):
         """z (B, T, D) -> x (B, T, D); z is never written. See `TarFlow.reverse` for the arguments."""
         from tarflow_fast.inverse import Guidance, invert_block
 
+        check_tensor("reverse", "z", z, ("B", self.pos_embed.size(0), self.proj_in.in_features), self.pos_embed)
+        y = check_labels("reverse", y, z.size(0), self.num_classes, self.pos_embed)
         guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
         return invert_block(self, z, y, guide)[0]
 

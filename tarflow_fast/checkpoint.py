@@ -80,7 +80,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"load_tensors: path must be a file, got {path}")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return {_WRAPPER_PREFIXES.sub("", key): value for key, value in load_file(path).items()}
         except SafetensorError as error:
             raise ValueError(f"load_tensors: {path} is not a whole safetensors file: {error}") from error
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):

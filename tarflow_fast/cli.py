@@ -111,8 +111,8 @@ class Sample:
         y, rows = None, None
         if self.labels or model.num_classes:
             labels = torch.tensor(self.labels or range(model.num_classes))
-            rows = -(-self.n // len(labels))
-            y = labels.repeat_interleave(rows)[: self.n].to(self.device)
+            y = labels[torch.arange(self.n) * len(labels) // self.n].to(self.device)
+            rows = self.n // len(labels) if self.n % len(labels) == 0 else None
         x = model.sample(
             self.n, y, guidance=self.guidance, guide_what=self.guide_what, attn_temp=self.attn_temp,
             annealed_guidance=self.annealed_guidance, seed=self.seed, batch_size=self.batch_size,
@@ -280,7 +280,7 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError) as error:
         if os.environ.get("TARFLOW_FAST_TRACEBACK"):
             raise
         hint = " (TARFLOW_FAST_TRACEBACK=1 shows where)" if isinstance(error, (TypeError, RuntimeError)) else ""

@@ -80,7 +80,7 @@ class LikelihoodMixin:
         for _ in range(n_draws):
             for start in range(0, len(x), batch_size):
                 rows = slice(start, start + batch_size)
-                u = torch.rand(x[rows].shape, generator=generator).to(x.device)
+                u = torch.rand(x[rows].shape, generator=generator, dtype=torch.float32, device="cpu").to(x.device)
                 images = ((x[rows] + u) / levels * 2 - 1).to(self.var)
                 total[rows] += self.log_prob(images, None if y is None else y[rows]).double().cpu()
         return -total / n_draws / dims / math.log(2) + math.log2(levels / 2)

@@ -170,7 +170,9 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
     def update_prior(self, z: Tensor) -> None:
         """Move the prior's variance a tenth of the way to the batch mean of z^2, z (B, T, D); for nvp=False."""
         check_tensor("update_prior", "z", z, ("B", *self.var.shape), self.var)
-        self.var.lerp_(z.pow(2).mean(dim=0), 0.1)
+        if len(z) == 0:
+            raise ValueError("update_prior: z must hold at least one row, got 0")
+        self.var.lerp_(z.pow(2).mean(dim=0).to(self.var.dtype), 0.1)
 
     def reverse(
         self,
@@ -280,7 +282,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             if generator is not None:
                 raise ValueError("sample: pass seed or generator, got both")
             generator = torch.Generator().manual_seed(check_positive_int("sample", "seed", seed, 0))
-        noise = torch.randn(n, *self.var.shape, generator=generator).to(self.var)
+        noise = torch.randn(n, *self.var.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.var)
         parts = [
             self.reverse(
                 noise[start : start + batch_size],

@@ -29,7 +29,7 @@ def test_shipped_flow_is_small_and_says_where_it_is_from():
     assert training_noise(record) == 0.1
     for name in ("patch_size", "channels", "num_blocks", "layers_per_block", "nvp"):
         assert record["config"][name] == model.config[name]
-    assert "CC BY 4.0" in (FOLDER / "README.md").read_text()
+    assert "UCI Machine Learning Repository" in (FOLDER / "README.md").read_text()
 
 
 def test_shipped_flow_draws_readable_digits_and_denoising_cleans_them():

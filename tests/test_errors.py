@@ -26,6 +26,15 @@ def asked_for(backend):
     return flow(X)
 
 
+CUDA_HAS_NONE = "block_inverse: backend 'cuda' cannot run: block_inverse has no cuda kernel"
+
+
+def inverse_asked_for(backend):
+    flow = random_flow()
+    flow.backend = backend
+    return flow.reverse(Z)
+
+
 CALLS = [
     # constructor
     (lambda: TarFlow(1, 8, 2, 65, 1, 1), ValueError, "TarFlow: channels must be a multiple of 64, got 65"),
@@ -94,6 +103,14 @@ CALLS = [
         ValueError,
         "reverse: guidance must be finite and >= 0, got inf",
     ),
+    (lambda: MODEL.blocks[0].reverse(Z[:, 1:], Y), ValueError, "reverse: z must have shape (B, 16, 4), got (2, 15, 4)"),
+    (
+        lambda: MODEL.blocks[0].reverse(Z, Y[:1]),
+        ValueError,
+        "reverse: y must have shape (2,), one label a row, got (1,)",
+    ),
+    (lambda: MODEL.update_prior(Z[:0]), ValueError, "update_prior: z must hold at least one row, got 0"),
+    (lambda: inverse_asked_for("cuda"), RuntimeError, CUDA_HAS_NONE),
     (lambda: MODEL.sample(-1), ValueError, "sample: n must be >= 0, got -1"),
     (lambda: MODEL.sample(2, batch_size=0), ValueError, "sample: batch_size must be >= 1, got 0"),
     (lambda: MODEL.sample(2, 3), ValueError, "sample: y must be below num_classes = 3 (negative: no label), got 3"),

@@ -213,3 +213,25 @@ def test_progress_is_shown_when_asked(capsys):
     assert capsys.readouterr().err == ""
     model.sample(1, seed=0, progress=True)
     assert "reverse" in capsys.readouterr().err
+
+
+def test_the_default_dtype_of_the_process_changes_nothing():
+    model = random_flow(**CONFIG)
+    y, pixels = torch.tensor([0, 1]), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    expected = model.sample(2, y, guidance=1.0, attn_temp=0.7, seed=0), model.bits_per_dim(pixels, seed=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = model.sample(2, y, guidance=1.0, attn_temp=0.7, seed=0), model.bits_per_dim(pixels, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(ours, right) for ours, right in zip(got, expected, strict=True))
+
+
+def test_a_weight_that_is_no_parameter_is_honoured():
+    model = random_flow(**CONFIG)
+    noise, expected = random_noise(model), model.reverse(random_noise(model))
+    layer = model.blocks[0].proj_in
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+    torch.testing.assert_close(model.reverse(noise), expected, rtol=1e-5, atol=1e-5)

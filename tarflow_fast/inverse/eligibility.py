@@ -114,9 +114,17 @@ def _children(module: nn.Module, kind: type, name: str) -> dict[str, nn.Module]:
     return state["_modules"]
 
 
+def _weight_and_bias(module: nn.Module, name: str) -> tuple[Tensor | None, Tensor | None]:
+    if not {"weight", "bias"} <= module._parameters.keys():  # plain attributes, as sharded wrappers make them
+        raise _Refused(f"{name} keeps its weight or bias elsewhere than in its parameters")
+    return module._parameters["weight"], module._parameters["bias"]
+
+
 def _linear(module: nn.Module, inputs: int, outputs: int, name: str) -> tuple[Tensor | None, Tensor | None]:
     _children(module, nn.Linear, name)
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    weight, bias = _weight_and_bias(module, name)
+    if weight is None:
+        raise _Refused(f"{name} has no weight")
     if weight.shape != (outputs, inputs) or (bias is not None and bias.shape != (outputs,)):
         raise _Refused(f"{name}.weight has shape {tuple(weight.shape)}, not {(outputs, inputs)}")
     return weight, bias
@@ -126,4 +134,4 @@ def _norm(module: nn.Module, C: int, name: str) -> tuple[Tensor | None, Tensor |
     _children(module, nn.LayerNorm, name)
     if module.eps != EPS or module.normalized_shape != (C,):
         raise _Refused(f"{name} has eps {module.eps} and shape {module.normalized_shape}, not {EPS} and ({C},)")
-    return module._parameters["weight"], module._parameters["bias"]
+    return _weight_and_bias(module, name)

@@ -77,7 +77,7 @@ class Engine:
         """
         B = z.size(0)
         if B == 0:
-            return z.clone(), torch.zeros(0)
+            return z.clone(), torch.zeros(0, dtype=torch.float32, device="cpu")
         if weights is None:
             weights = inspect(block)
             if isinstance(weights, str):
@@ -95,11 +95,13 @@ class Engine:
             self._workspace = Workspace.of(sizes, group * share, 1, native.threads())
 
         z32 = z.detach().to(torch.float32).contiguous()
-        x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64)
+        x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64, device="cpu")
         classes = _class_rows(block, y, B, guidance.active)
         tempered = guidance.active and guidance.attn_temp != 1
-        scale = torch.tensor([1.0, 1.0 / guidance.attn_temp]).repeat(B) if tempered else None
-        strength = torch.full((B,), float(guidance.weight)) if guidance.active else None
+        # read by the library as float32 on the host, whatever the process's default dtype and device are
+        plain = {"dtype": torch.float32, "device": "cpu"}
+        scale = torch.tensor([1.0, 1.0 / guidance.attn_temp], **plain).repeat(B) if tempered else None
+        strength = torch.full((B,), float(guidance.weight), **plain) if guidance.active else None
         groups = -(-B // group)
         for number in range(groups):
             begin, end = B * number // groups, B * (number + 1) // groups

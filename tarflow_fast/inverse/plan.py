@@ -103,13 +103,15 @@ class _Spares:
     LIMIT = 64 << 20  # bytes in all
 
     def __init__(self) -> None:
-        self._lock, self._kept = threading.Lock(), []
+        # reentrant: the collector may run an Engine's __del__, which puts, inside take or put
+        self._lock, self._kept = threading.RLock(), []
 
     def take(self, kind: type[_Native], key: tuple[int, ...]) -> _Native | None:
         with self._lock:
-            for number, thing in enumerate(self._kept):
+            for thing in list(self._kept):
                 if type(thing) is kind and thing.key == key and thing.usable:
-                    return self._kept.pop(number)
+                    self._kept = [kept for kept in self._kept if kept is not thing]
+                    return thing
         return None
 
     def put(self, thing: _Native) -> None:

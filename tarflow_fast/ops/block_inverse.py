@@ -65,8 +65,12 @@ def block_inverse(
         ValueError: weights that are not finite (native engine), sizes that overflow.
         MemoryError: one row alone needs more than the memory limit.
     """
-    # Backends without a kernel for this op leave it to PyTorch, whose modules they accelerate.
-    asked = call.backend if call.backend in ("auto", *_OP.backends) else "torch"
+    T, D = block.pos_embed.size(0), block.proj_in.in_features  # what the engines read, whatever z is
+    if z.ndim != 3 or tuple(z.shape[1:]) != (T, D):
+        raise ValueError(f"block_inverse: z must have shape (B, {T}, {D}), got {tuple(z.shape)}")
+    if y is not None and y.shape != z.shape[:1]:
+        raise ValueError(f"block_inverse: y must have shape ({len(z)},), one label a row, got {tuple(y.shape)}")
+    asked = call.backend
     chosen, reason = _OP.resolve(asked, z.device, z.dtype), "it was not chosen"
     if chosen is _OP.backends["cpu"]:
         reason = call_reason(z, call)
