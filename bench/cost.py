@@ -32,7 +32,8 @@ class Cost:
         return max(self.bytes / bandwidth, self.flops / flops)
 
 
-def inverse_cost(workload: Workload, B: int, guided: bool, precision: str = "fp32") -> Cost:
+def part_costs(workload: Workload, B: int, guided: bool, precision: str = "fp32") -> dict[str, Cost]:
+    """What each part of the passes costs, under the names of the engine's clock."""
     C, D, L, T, K = (
         workload.channels,
         workload.D,
@@ -42,12 +43,19 @@ def inverse_cost(workload: Workload, B: int, guided: bool, precision: str = "fp3
     )
     R = 2 * B if guided else B
     weight_size, cache_size = BYTES[precision]
-    weights, steps, reads = 12 * C * C * L + 3 * C * D, T - 1, (T - 1) * T / 2
-    return Cost(
-        weight_bytes=K * steps * weights * weight_size,
-        cache_bytes=K * 2 * C * L * R * (reads + steps) * cache_size,
-        flops=K * (2 * R * weights * steps + 4 * C * L * R * reads),
-    )
+    steps, reads = T - 1, (T - 1) * T / 2
+    weights = {"proj_in": C * D, "qkv": 3 * C * C * L, "proj": C * C * L, "fc1": 4 * C * C * L, "fc2": 4 * C * C * L}
+    costs = {
+        part: Cost(K * steps * n * weight_size, 0.0, K * steps * n * 2 * R)
+        for part, n in {**weights, "proj_out": 2 * C * D}.items()
+    }
+    costs["attention"] = Cost(0.0, K * 2 * C * L * R * (reads + steps) * cache_size, K * 4 * C * L * R * reads)
+    return costs
+
+
+def inverse_cost(workload: Workload, B: int, guided: bool, precision: str = "fp32") -> Cost:
+    costs = part_costs(workload, B, guided, precision).values()
+    return Cost(*(sum(getattr(cost, name) for cost in costs) for name in ("weight_bytes", "cache_bytes", "flops")))
 
 
 def weights_in_memory(workload: Workload, precision: str) -> float:

@@ -2,6 +2,8 @@
 
 ms          median, 20 and 80 % quantile over rounds
 ratio       reference / variant, the median over rounds
+limit       the ratio at which the bytes (where weights stream from memory) or the FLOPs alone, at the peaks measured in
+            this run, would take all of the time
 GB/s        by the formulas of cost.py, and their share of the memory's speed measured in this run; left out where the
             weights of a block fit a 16 MB cache and do not stream
 GFLOP/s     likewise, and their share of the arithmetic peak of the format
@@ -87,6 +89,7 @@ def test_block_inverse(case, full, table, benchmark):
         seconds = measured.summary(variant)
         cost = inverse_cost(workload, B, guided, precision)
         streams = weights_in_memory(workload, precision) > CACHE
+        floor = cost.floor(peak["read"] if streams else float("inf"), peak[precision])
         rate, flops = cost.bytes / seconds["median"], cost.flops / seconds["median"]
         row = {
             "workload": name, "B": B, "guided": guided, "variant": variant, "T": workload.T, "C": workload.channels,
@@ -94,6 +97,7 @@ def test_block_inverse(case, full, table, benchmark):
             "p20..p80": f"{seconds['p20'] * 1e3:.2f}..{seconds['p80'] * 1e3:.2f}",
             "rounds": seconds["rounds"],
             "ratio": f"{measured.ratio(variant, 'reference'):.1f}",
+            "limit": f"{measured.summary('reference')['median'] / floor:.1f}",
             "GB/s": f"{rate / 1e9:.1f}",
             "memory": f"{rate / peak['read']:.0%}" if streams else "-",
             "GFLOP/s": f"{flops / 1e9:.0f}",

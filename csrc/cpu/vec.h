@@ -112,19 +112,35 @@ inline vf sqrt(vf a) {
 // ---- reductions: always the same tree, halves added to halves --------------------------------------------------------
 
 inline float sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__SSE2__)
+#if defined(__AVX2__)
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+    const __m128 four = (__m128)v;
+#endif
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
     float lane[W];
     memcpy(lane, &v, sizeof lane);
     for (int width = W / 2; width > 0; width /= 2)
         for (int k = 0; k < width; ++k) lane[k] += lane[k + width];
     return lane[0];
+#endif
 }
 
 inline double sum(vd v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_pd((__m512d)v);
+#else
     double lane[W / 2];
     memcpy(lane, &v, sizeof lane);
     for (int width = W / 4; width > 0; width /= 2)
         for (int k = 0; k < width; ++k) lane[k] += lane[k + width];
     return lane[0];
+#endif
 }
 
 inline float max_lane(vf v) {

@@ -1,0 +1,92 @@
+"""Where the time of the native inverse goes: the engine's own clock, part by part, beside what the machine allows.
+
+us          a step, the mean of the threads, the median over rounds; products include their normalisation and epilogue
+GB/s        by the formulas of cost.py, and their share of the memory's speed measured in this run; left out where
+            weights and cache stay in the processor's cache
+GFLOP/s     likewise, and their share of the arithmetic peak of the format
+"""
+
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from cost import part_costs, weights_in_memory
+from peaks import peaks
+from report import results_folder
+from workloads import WORKLOADS, build, inputs
+
+from tarflow_fast.inverse import Guidance
+from tarflow_fast.inverse.engine import PARTS, Engine
+
+QUICK = [("mnist", 1, False), ("mnist", 16, False), ("cifar", 1, False), ("cifar", 16, False)]
+QUICK += [("c768_t64", 1, False), ("c768_t64", 16, False)]
+FULL = [("imagenet64", 1, False), ("imagenet64", 1, True), ("imagenet64", 4, False), ("imagenet64", 16, False)]
+CASES = [(*case, precision) for case in QUICK + FULL for precision in ("fp32", "bf16", "int8")]
+CACHE = 16e6  # as in test_block_inverse.py
+SHARES = {}
+
+
+def name_of(case):
+    workload, B, guided, precision = case
+    return f"{workload}-B{B}" + ("-guided" if guided else "") + f"-{precision}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_profile(case, full, table, benchmark):
+    name, B, guided, precision = case
+    if case[:3] in FULL and not full:
+        pytest.skip("--full")
+    workload = replace(WORKLOADS[name], num_blocks=1)
+    model, _ = build(workload)
+    noise, labels, guidance = inputs(workload, B, guided)
+    asked, threads = (
+        Guidance(guidance.get("guidance", 0.0), attn_temp=guidance.get("attn_temp", 1.0)),
+        torch.get_num_threads(),
+    )
+    engine, block, clocks = Engine(precision), model.blocks[0], []
+    engine.invert(block, noise, labels, asked)
+
+    def run():
+        engine.clock = torch.zeros(threads, len(PARTS), dtype=torch.float64)
+        x, _ = engine.invert(block, noise, labels, asked)
+        assert x.isfinite().all()
+        clocks.append(engine.clock.mean(dim=0).tolist())
+
+    benchmark.group = name_of(case)
+    benchmark.pedantic(run, rounds=3 if workload.T > 256 else 10, iterations=1)
+    seconds = {part: statistics.median(clock[k] for clock in clocks) for k, part in enumerate(PARTS)}
+    total, peak = sum(seconds.values()), peaks(threads)
+    costs = part_costs(workload, B, guided, precision)
+    cache_streams = weights_in_memory(workload, precision) + costs["attention"].cache_bytes / (workload.T - 1) > CACHE
+    for part, spent in seconds.items():
+        row = {"workload": name, "B": B, "guided": guided, "precision": precision, "part": part}
+        row |= {"us": f"{spent / (workload.T - 1) * 1e6:.1f}", "share": f"{spent / total:.0%}"}
+        row |= {"GB/s": "-", "memory": "-", "GFLOP/s": "-", "FLOP": "-"}
+        if part in costs:
+            cost = costs[part]
+            row |= {"GFLOP/s": f"{cost.flops / spent / 1e9:.0f}", "FLOP": f"{cost.flops / spent / peak[precision]:.0%}"}
+            if cache_streams:
+                row |= {"GB/s": f"{cost.bytes / spent / 1e9:.1f}", "memory": f"{cost.bytes / spent / peak['read']:.0%}"}
+        table("profile", row)
+    SHARES[name_of(case)] = [seconds[part] / total for part in PARTS]
+
+
+def test_draw(request, benchmark):
+    folder = results_folder(request.config)
+    if folder is None or not SHARES:
+        pytest.skip("--save NAME draws the shares")
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.3 * len(SHARES)), constrained_layout=True)
+    left = [0.0] * len(SHARES)
+    for k, part in enumerate(PARTS):
+        widths = [100 * shares[k] for shares in SHARES.values()]
+        axes.barh(list(SHARES), widths, left=left, label=part, color=pyplot.get_cmap("tab10")(k))
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the time of the native inverse", xlim=(0, 100))
+    axes.legend(ncols=len(PARTS), loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
+    folder.mkdir(parents=True, exist_ok=True)
+    benchmark.pedantic(lambda: figure.savefig(folder / "profile.png", dpi=120), rounds=1, iterations=1)
