@@ -16,24 +16,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarflow_fast.ops import attention_qkv, bias_gelu, bias_residual, layer_norm
-from tarflow_fast.ops.registry import OPS, constant_when_traced, under_transform
+from tarflow_fast.ops.registry import OPS, constant_when_traced, under_transform, warn_once
 
 if TYPE_CHECKING:
     from tarflow_fast.block import AttentionBlock
 
-__all__ = ["fused_layer", "takes_fused_layer", "why_not_fused"]
+__all__ = ["fused_layer", "fused_wanted", "takes_fused_layer", "why_not_fused"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple("_global" + name for name in HOOKS)
 
 
 def takes_fused_layer(layer: AttentionBlock, h: Tensor, backend: str) -> bool:
-    """Whether `fused_layer` takes the place of the layer's modules: on a GPU, or where Triton is asked for by name."""
+    """Whether `fused_layer` takes the place of the layer's modules; a layer that must be called as modules is told."""
+    if not fused_wanted(h, backend):
+        return False
+    if reason := why_not_fused(layer):
+        _tell(reason)
+        return False
+    return _dtypes_fit(layer, h)
+
+
+def fused_wanted(h: Tensor, backend: str) -> bool:
+    """Whether layers are to be fused at all: on a GPU, or where Triton is asked for by name; in no transform."""
     if h.device.type == "cpu" and backend == "auto" and "TARFLOW_FAST_BACKEND" not in os.environ:
         return False
-    if under_transform() or not _wanted(backend, h.device, compute_dtype(h)):
-        return False
-    return not why_not_fused(layer) and _dtypes_fit(layer, h)
+    return not under_transform() and _wanted(backend, h.device, compute_dtype(h))
+
+
+@constant_when_traced
+def _tell(reason: str) -> None:
+    warn_once(
+        f"tarflow_fast computes a layer by its modules instead of fused kernels: {reason} "
+        "(tarflow_fast.info.blocks(model) lists every block)"
+    )
 
 
 @constant_when_traced

@@ -227,7 +227,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
             _progress_bar(K * (T - 1)) if progress else nullcontext() as bar,
         ):
-            call = InverseCall(self.backend, precision, differentiable, memory_limit)
+            call = InverseCall(self.backend, precision, differentiable, memory_limit, self.blocks)
             stages = [x]
             tokens = x * self.var.sqrt()
             blocks = list(reversed(self.blocks))

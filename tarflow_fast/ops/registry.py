@@ -29,6 +29,7 @@ __all__ = [
     "constant_when_traced",
     "explain",
     "under_transform",
+    "warn_once",
 ]
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
@@ -59,7 +60,11 @@ class Op:
     auto: Mapping[str, tuple[str, ...]]
 
     def resolve(self, backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
-        """The backend that runs.
+        """The backend that runs; raises as `resolve_name`."""
+        return self.backends[self.resolve_name(backend, device, dtype)]
+
+    def resolve_name(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the backend that runs.
 
         Raises:
             ValueError: there is no backend of that name.
@@ -75,7 +80,7 @@ class Op:
         why_not = self.why_not(asked, device, dtype)
         if why_not:
             raise RuntimeError(f"{self.name}: backend {asked!r} cannot run: {why_not}")
-        return self.backends[asked]
+        return asked
 
     def why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         """Why a backend cannot run on tensors of this device and dtype; "" when it can."""
@@ -84,17 +89,17 @@ class Op:
         entry = self.backends[backend]
         return entry.refuses(device, dtype) or entry.missing()
 
-    def _first_that_runs(self, device: torch.device, dtype: torch.dtype) -> Backend:
+    def _first_that_runs(self, device: torch.device, dtype: torch.dtype) -> str:
         first, *others = self.auto.get(device.type, ("torch",))
         why_not = self.why_not(first, device, dtype)
         if not why_not:
-            return self.backends[first]
+            return first
         if first == "cpu":
             native.check_override()  # an instruction set asked for by name must not end in a quiet fallback
         for name in others:
             if not self.why_not(name, device, dtype):
-                _warn_once(f"tarflow_fast runs on {name!r} instead of {first!r} ({device.type} tensors): {why_not}")
-                return self.backends[name]
+                warn_once(f"tarflow_fast runs on {name!r} instead of {first!r} ({device.type} tensors): {why_not}")
+                return name
         raise RuntimeError(f"{self.name}: no backend runs on {device}: {why_not}")
 
 
@@ -153,9 +158,7 @@ def choose(op: Op, backend: str, tensor: torch.Tensor, unable: str = "") -> str:
 
 @constant_when_traced
 def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype, unable: str) -> str:
-    op = OPS[name]
-    entry = op.resolve(backend, device, dtype)
-    chosen = next(each for each, candidate in op.backends.items() if candidate is entry)
+    chosen = OPS[name].resolve_name(backend, device, dtype)
     if chosen == "torch" or not unable:
         return chosen
     if backend == "auto" and (os.environ.get("TARFLOW_FAST_BACKEND") or "auto") == "auto":
@@ -199,5 +202,5 @@ def triton_refuses(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
