@@ -54,13 +54,14 @@ def check_labels(where: str, y: object, B: int, num_classes: int, like: Tensor) 
     """Labels (B,) of any integer dtype on the model's device, below num_classes (negative: no label), as int64.
 
     None stays None, and an unconditional model (num_classes = 0) takes no notice of labels, as in the original.
+    Raises TypeError for what is no tensor, ValueError for labels of another dtype, length, device or range.
     """
     if y is None or num_classes == 0:
         return None
     if not isinstance(y, Tensor):
         raise TypeError(f"{where}: y must be an integer torch.Tensor of shape ({B},), got {type(y).__name__}")
     if y.dtype not in _INTEGERS:
-        raise TypeError(f"{where}: y must have an integer dtype, got {y.dtype}")
+        raise ValueError(f"{where}: y must have an integer dtype, got {y.dtype}")
     if y.shape != (B,):
         raise ValueError(f"{where}: y must have shape ({B},), one label a row, got {tuple(y.shape)}")
     if y.device != like.device:

@@ -67,8 +67,8 @@ CALLS = [
     (lambda: MODEL(X.to_sparse()), TypeError, "forward: x must be a dense (strided) tensor, got torch.sparse_coo"),
     # labels
     (lambda: MODEL(X, [0, 1]), TypeError, "forward: y must be an integer torch.Tensor of shape (2,), got list"),
-    (lambda: MODEL(X, Y.float()), TypeError, "forward: y must have an integer dtype, got torch.float32"),
-    (lambda: MODEL(X, Y.bool()), TypeError, "forward: y must have an integer dtype, got torch.bool"),
+    (lambda: MODEL(X, Y.float()), ValueError, "forward: y must have an integer dtype, got torch.float32"),
+    (lambda: MODEL(X, Y.bool()), ValueError, "forward: y must have an integer dtype, got torch.bool"),
     (lambda: MODEL(X, Y[:1]), ValueError, "forward: y must have shape (2,), one label a row, got (1,)"),
     (lambda: MODEL(X, Y[:, None]), ValueError, "forward: y must have shape (2,), one label a row, got (2, 1)"),
     (lambda: MODEL(X, Y + 2), ValueError, "forward: y must be below num_classes = 3 (negative: no label), got 3"),
@@ -78,7 +78,9 @@ CALLS = [
         ValueError,
         "reverse: y must be below num_classes = 3 (negative: no label), got 3",
     ),
-    (lambda: MODEL.log_prob(X, Y.float()), TypeError, "forward: y must have an integer dtype, got torch.float32"),
+    (lambda: MODEL.sample(2, Y.double()), ValueError, "sample: y must have an integer dtype, got torch.float64"),
+    (lambda: MODEL.blocks[0].reverse(Z, Y.half()), ValueError, "reverse: y must have an integer dtype, got torch.float16"),
+    (lambda: MODEL.log_prob(X, Y.float()), ValueError, "forward: y must have an integer dtype, got torch.float32"),
     # reverse and sample
     (lambda: MODEL.reverse(X), ValueError, "reverse: x must have shape (B, 16, 4), got (2, 1, 8, 8)"),
     (
