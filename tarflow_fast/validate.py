@@ -9,10 +9,20 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def quiet_stream(tensor: Tensor) -> bool:
-    """Whether values may be read back to the host: not while torch.compile traces or a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    """Whether values may be read back to the host: not while torch.compile traces, a CUDA graph is captured, or
+    torch.func.vmap runs, where a tensor stands for many."""
+    if torch.compiler.is_compiling() or tensor.is_meta or _under_vmap(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _under_vmap(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):  # one layer a transform
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_positive_int(where: str, name: str, value: object, minimum: int = 1) -> int:
