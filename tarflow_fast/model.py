@@ -136,7 +136,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         """Images to noise: x -> z = f_K(... f_1(x)), with its log-determinant.
 
         Args:
-            x: (B, in_channels, height, width) images, by custom in [-1, 1]; the parameters' dtype, any under autocast.
+            x: (B, in_channels, height, width) images, by custom in [-1, 1]; the parameters' dtype, under autocast any
+                of float32, bfloat16 and float16.
             y: (B,) integer labels, negative for "no label" (the mean class embedding); None for no labels at all.
                 An unconditional flow takes no notice of them.
 
@@ -163,7 +164,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
     @torch.no_grad()
     def update_prior(self, z: Tensor) -> None:
         """Move the prior's variance a tenth of the way to the batch mean of z^2, z (B, T, D); for nvp=False."""
-        check_tensor("update_prior", "z", z, ("B", *self.var.shape), self.var)
+        check_tensor("update_prior", "z", z, ("B", *self.var.shape), self.var, scaled=True)
         if len(z) == 0:
             raise ValueError("update_prior: z must hold at least one row, got 0")
         self.var.lerp_(z.pow(2).mean(dim=0).to(self.var.dtype), 0.1)
@@ -203,7 +204,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
                 bits); None: most of what the machine has left.
 
         Returns:
-            Images (B, in_channels, height, width) in the dtype of x, or a list of K + 1 of them.
+            Images (B, in_channels, height, width) in the dtype of x (of the parameters, where x is narrower under
+            autocast), or a list of K + 1 of them.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
@@ -211,7 +213,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             RuntimeError: a backend or precision asked for by name cannot run.
             MemoryError: one row alone needs more than `memory_limit`.
         """
-        check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var)
+        check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var, scaled=True)
         y = check_labels("reverse", y, x.size(0), self.num_classes, self.var)
         guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
         bad = NonFinite("reverse", nonfinite, x.size(0))

@@ -34,10 +34,13 @@ def check_positive_int(where: str, name: str, value: object, minimum: int = 1) -
     return value
 
 
-def check_tensor(where: str, name: str, value: object, shape: tuple[int | str, ...], like: Tensor) -> Tensor:
+def check_tensor(
+    where: str, name: str, value: object, shape: tuple[int | str, ...], like: Tensor, scaled: bool = False
+) -> Tensor:
     """A dense floating tensor of `shape` (strings stand for any size), on the device and in the dtype of `like`.
 
-    Under autocast any floating dtype is taken, since the layers cast for themselves.
+    Under autocast any of float32, bfloat16 and float16 will do, since the layers cast for themselves, but they leave
+    float64 as it is: both are float64, or neither. scaled: values meet `like` before any layer, which may widen them.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
@@ -51,13 +54,17 @@ def check_tensor(where: str, name: str, value: object, shape: tuple[int | str, .
         raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got {value.layout}")
     if value.device != like.device:
         raise ValueError(f"{where}: {name} must be on the model's device {like.device}, got {value.device}")
-    if not value.is_floating_point() or (value.dtype != like.dtype and not autocast_enabled(value)):
+    if value.dtype != like.dtype and not (value.is_floating_point() and _autocast_casts(value, like, scaled)):
         raise TypeError(f"{where}: {name} must have the model's dtype {like.dtype}, got {value.dtype}")
     return value
 
 
-def autocast_enabled(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
+def _autocast_casts(value: Tensor, like: Tensor, scaled: bool) -> bool:
+    return (
+        torch.is_autocast_enabled(value.device.type)
+        and value.dtype != torch.float64
+        and (scaled or like.dtype != torch.float64)
+    )
 
 
 def check_labels(where: str, y: object, B: int, num_classes: int, like: Tensor) -> Tensor | None:
