@@ -12,7 +12,7 @@
 #define TF_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised by one whenever a signature or its meaning changes; tarflow_fast/native.py refuses a library of another number.
-#define TF_ABI_VERSION 1
+#define TF_ABI_VERSION 2
 
 enum tf_status {
     TF_OK = 0,
@@ -71,6 +71,21 @@ enum tf_precision { TF_PRECISION_FP32 = 0, TF_PRECISION_BF16 = 1, TF_PRECISION_I
 // How a run is spread over threads: each its rows, or each its columns. Bits do not depend on it.
 enum tf_split { TF_SPLIT_AUTO = 0, TF_SPLIT_COLUMNS = 1, TF_SPLIT_ROWS = 2 };
 
+// The parts of a pass, as a clock counts them: products with their normalisation and epilogue, attention, the update of
+// the next token, and waiting for the other threads.
+enum tf_part {
+    TF_PART_IN,
+    TF_PART_QKV,
+    TF_PART_ATTENTION,
+    TF_PART_PROJ,
+    TF_PART_FC1,
+    TF_PART_FC2,
+    TF_PART_OUT,
+    TF_PART_UPDATE,
+    TF_PART_WAIT,
+    TF_PARTS
+};
+
 typedef struct tf_plan tf_plan;
 typedef struct tf_workspace tf_workspace;
 
@@ -93,6 +108,8 @@ TF_EXPORT int tf_plan_create(const tf_block* block, tf_plan** plan);
 // TF_NOT_FINITE: tensor number *bad holds NaN or infinity, and the plan must not be used. No run may use it meanwhile.
 TF_EXPORT int tf_plan_pack(tf_plan* plan, const void* const* tensors, int dtype, int threads, int64_t* bad);
 
+// The plan is kept for a later tf_plan_pack: until then the system may take its memory back, page by page.
+TF_EXPORT void tf_plan_rest(tf_plan* plan);
 TF_EXPORT void tf_plan_destroy(tf_plan* plan);
 
 // Bytes of a workspace for passes of `rows` rows (twice the batch under guidance) of `window` tokens each on up to
@@ -100,6 +117,7 @@ TF_EXPORT void tf_plan_destroy(tf_plan* plan);
 TF_EXPORT int64_t tf_workspace_bytes(const tf_block* block, int64_t rows, int64_t window, int threads);
 TF_EXPORT int tf_workspace_create(const tf_block* block, int64_t rows, int64_t window, int threads,
                                   tf_workspace** workspace);
+TF_EXPORT void tf_workspace_rest(tf_workspace* workspace);  // likewise, until the next run
 TF_EXPORT void tf_workspace_destroy(tf_workspace* workspace);
 
 // The inversion of a batch. Engine rows: row b of the batch, or under guidance rows 2b (conditional) and 2b + 1 (unguided).
@@ -110,6 +128,7 @@ typedef struct tf_inversion {
     const float* classes;      // (R, C) class embeddings of the engine rows; NULL without classes
     const float* query_scale;  // (R,) factor on the attention logits; NULL for 1
     const float* guidance;     // (B,) weights; NULL without guidance
+    double* clock;             // (threads, TF_PARTS): seconds spent in each part, added to; NULL: nobody asks
     int64_t batch;
     int32_t guide_a, guide_b, annealed, flip, split;
 } tf_inversion;
@@ -155,5 +174,5 @@ TF_EXPORT int tf_test_round(const float* x, float* y, int64_t n, int dtype);
 TF_EXPORT void tf_test_gelu(const float* x, float* y, int64_t n);
 
 // y = x w^T + bias in a precision: x (M, K), w (N, K), bias (N,), y (M, N) float32. TF_NO_MEMORY possible.
-TF_EXPORT int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K,
-                             int precision);
+TF_EXPORT int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N,
+                             int64_t K, int precision);

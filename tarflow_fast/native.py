@@ -18,7 +18,7 @@ import torch  # before the library: the two then share torch's copy of libgomp, 
 __all__ = ["DTYPES", "NativeUnavailable", "available", "build_report", "check", "check_override"]
 __all__ += ["isa", "isas", "library", "pointer", "reason", "threads"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = Path(__file__).parent / "_tarflow_cpu.so"
 REPORT = Path(__file__).parent / "build_report.json"
 
@@ -44,9 +44,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_plan_bytes": (_long, [_void]),
     "tf_plan_create": (_int, [_void, _void]),
     "tf_plan_pack": (_int, [_void, _void, _int, _int, _void]),
+    "tf_plan_rest": (None, [_void]),
     "tf_plan_destroy": (None, [_void]),
     "tf_workspace_bytes": (_long, [_void, _long, _long, _int]),
     "tf_workspace_create": (_int, [_void, _long, _long, _int, _void]),
+    "tf_workspace_rest": (None, [_void]),
     "tf_workspace_destroy": (None, [_void]),
     "tf_invert": (_int, [_void, _void, _void, _void, _double, _int]),
     "tf_pass": (_int, [_void, _void, _void, _int]),

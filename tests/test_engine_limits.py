@@ -17,7 +17,7 @@ from test_block_inverse import run, small_case
 
 from tarflow_fast import TarFlow, native
 from tarflow_fast.inverse.eligibility import inspect
-from tarflow_fast.inverse.engine import Engine
+from tarflow_fast.inverse.engine import PARTS, Engine
 from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
@@ -184,6 +184,52 @@ def test_nothing_leaks():
     for _ in range(1000):
         run(case)
     assert resident() - before < 1 << 20
+
+
+TAKEN_BACK = """
+import ctypes, json, torch
+from tarflow_fast.block import MetaBlock
+from tarflow_fast.inverse import Guidance
+from tarflow_fast.inverse.engine import Engine
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def invert():
+    return Engine("fp32").invert(block, z, None, Guidance())[0]
+block = MetaBlock(12, 512, 8, num_layers=4).eval()
+torch.nn.init.normal_(block.proj_out.weight, std=0.01)
+z = torch.randn(64, 8, 12)
+engine = Engine("fp32")
+first = engine.invert(block, z, None, Guidance())[0]
+places = [(thing.handle.value, thing.bytes) for thing in (engine._plan, engine._workspace)]
+del engine  # its memory is put aside
+before = resident()
+for at, size in places:
+    at = -(-at // 4096) * 4096
+    assert ctypes.CDLL(None).madvise(ctypes.c_void_p(at), ctypes.c_size_t(size // 4096 * 4096), 21) == 0  # MADV_PAGEOUT
+print(json.dumps([sum(size for _, size in places), before - resident(), torch.equal(invert(), first)]))
+"""
+
+
+@linux
+def test_memory_kept_for_the_next_call_can_be_taken_back_meanwhile():
+    done = run_python(TAKEN_BACK)
+    assert done.returncode == 0, done.stderr
+    kept, taken, same = json.loads(done.stdout)
+    assert kept > 60e6 and taken > 0.8 * kept and same
+
+
+def test_the_clock_counts_every_part_and_changes_nothing():
+    case, engine = small_case(num_tokens=30), Engine("fp32")
+    expected = engine.invert(*case)[0]
+    engine.clock = torch.zeros(native.threads(), len(PARTS), dtype=torch.float64)
+    start = time.perf_counter()
+    assert same_bits(engine.invert(*case)[0], expected)
+    elapsed = time.perf_counter() - start
+    worked = engine.clock.sum(dim=1)
+    assert (engine.clock[0, :-1] > 0).all() and worked.max() < elapsed and worked.max() > elapsed / 20
+    engine.clock = torch.zeros(native.threads() + 1, len(PARTS), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^block_inverse: clock must have shape \(\d+, 9\), got \(\d+, 9\)$"):
+        engine.invert(*case)
 
 
 # ---- threads, signals, forks ---------------------------------------------------------------------------------------

@@ -12,9 +12,11 @@
     X(plan_bytes)        \
     X(plan_create)       \
     X(plan_pack)         \
+    X(plan_rest)         \
     X(plan_destroy)      \
     X(workspace_bytes)   \
     X(workspace_create)  \
+    X(workspace_rest)    \
     X(workspace_destroy) \
     X(invert)            \
     X(pass)              \

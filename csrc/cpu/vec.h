@@ -28,11 +28,11 @@ constexpr int W = 4;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
-typedef int32_t vi __attribute__((vector_size(4 * W)));     // also what comparing two vf gives: 0 or -1 a lane
+typedef int32_t vi __attribute__((vector_size(4 * W)));  // also what comparing two vf gives: 0 or -1 a lane
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
-typedef uint16_t vh __attribute__((vector_size(2 * W)));    // W stored 16-bit numbers
+typedef uint16_t vh __attribute__((vector_size(2 * W)));  // W stored 16-bit numbers
 typedef float half_vf __attribute__((vector_size(2 * W)));
-typedef double vd __attribute__((vector_size(4 * W)));      // W / 2 doubles
+typedef double vd __attribute__((vector_size(4 * W)));  // W / 2 doubles
 
 // Storage types: never computed with, only loaded and stored.
 struct bf16 {
@@ -42,7 +42,21 @@ struct f16 {
     uint16_t bits;
 };
 
-inline vf splat(float x) { return vf{} + x; }
+// x in every lane. Not vf{} + x: 0 + x is an addition the compiler may not drop (-0), and it would cost every factor of
+// a product an instruction.
+inline vf splat(float x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_set1_ps(x);
+#elif defined(__SSE__)
+    return (vf)_mm_set1_ps(x);
+#else
+    vf v;
+    for (int k = 0; k < W; ++k) v[k] = x;
+    return v;
+#endif
+}
 inline vf zero() { return vf{}; }
 
 template <class To, class From>

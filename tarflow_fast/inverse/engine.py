@@ -32,6 +32,7 @@ __all__ = ["Engine"]
 SECONDS = 0.03  # a native call returns after about this long
 CACHE = 16 << 20  # bytes of a shared last-level cache to count on
 ROWS = 8  # fewer rows than this at a time waste the reads of the weights
+PARTS = ("proj_in", "qkv", "attention", "proj", "fc1", "fc2", "proj_out", "update", "wait")  # enum tf_part
 _UNCHECKED = 1 << 26  # bytes below this are taken without a look at the machine's memory
 
 
@@ -39,7 +40,7 @@ class _Inversion(ctypes.Structure):
     """struct tf_inversion."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "classes", "query_scale", "guidance")),
+        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "classes", "query_scale", "guidance", "clock")),
         ("batch", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("guide_a", "guide_b", "annealed", "flip", "split")),
     ]
@@ -55,10 +56,15 @@ class Engine:
         precision: 'fp32', 'bf16' or 'int8'.
         memory_limit: bytes the plan and the workspace may take together; None: most of what the machine has left.
         split: 'auto', or 'rows' or 'columns' over the threads.
+
+    Attributes:
+        clock: None, or a float64 tensor (threads, len(PARTS)) to which the seconds each thread spends in each part of
+            the passes are added.
     """
 
     def __init__(self, precision: str, memory_limit: int | None = None, split: str = "auto") -> None:
         self.precision, self.memory_limit, self.split = precision, memory_limit, SPLITS[split]
+        self.clock: Tensor | None = None
         self._plan: Plan | None = None
         self._workspace: Workspace | None = None
 
@@ -83,6 +89,9 @@ class Engine:
             weights = inspect(block)
             if isinstance(weights, str):
                 raise RuntimeError(f"block_inverse: the native engine cannot take this block: {weights}")
+        if self.clock is not None and self.clock.shape != (native.threads(), len(PARTS)):
+            expected = native.threads(), len(PARTS)
+            raise ValueError(f"block_inverse: clock must have shape {expected}, got {tuple(self.clock.shape)}")
         sizes, share = Sizes.of(block, weights, self.precision), 2 if guidance.active else 1
         group = self._group(sizes, B, share)
         if self._plan is None or self._plan.sizes.key() != sizes.key():
@@ -108,6 +117,7 @@ class Engine:
             begin, end = B * number // groups, B * (number + 1) // groups
             parts = [(z32, 1), (x, 1), (log_det, 1), (classes, share), (scale, share), (strength, 1)]
             pointers = [None if part is None else native.pointer(part[begin * per :]) for part, per in parts]
+            pointers.append(None if self.clock is None else native.pointer(self.clock))
             what = "a" in guidance.what, "b" in guidance.what
             job = _Inversion(*pointers, end - begin, *what, guidance.annealed, block.flip, self.split)
             self._run(job, on_token, number, groups)

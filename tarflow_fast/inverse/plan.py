@@ -48,6 +48,7 @@ class Sizes(ctypes.Structure):
 class _Native:
     """Memory of the library: usable in the process that made it, until closed."""
 
+    _rest: str
     _destroy: str
 
     def __init__(self, sizes: Sizes, nbytes: int, *more: int) -> None:
@@ -87,6 +88,10 @@ class _Native:
         """Keep it for the next call, which owns it from then on; or give its memory back."""
         _spares.put(self)
 
+    def rest(self) -> None:
+        """What it holds may be lost from now on, its memory going back to a system that runs short of it."""
+        getattr(self.library, self._rest)(self.handle)
+
     def close(self) -> None:
         """Give the memory back; further use raises ValueError."""
         handle, self._handle = getattr(self, "_handle", None), None
@@ -98,9 +103,11 @@ class _Native:
 
 class _Spares:
     """Memory of finished calls, kept for the next of the same sizes: a small block is inverted in the time that fresh
-    pages take. Only memory is kept: a plan is packed anew by every call, a workspace holds nothing a run reads."""
+    pages take, and packing 230 MB into fresh pages of a virtual machine took 250 ms, into these 22. Only memory is
+    kept, and the system may take it back when it runs short: a plan is packed anew by every call, a workspace holds
+    nothing a run reads."""
 
-    LIMIT = 64 << 20  # bytes in all
+    LIMIT = 1 << 30  # bytes in all
 
     def __init__(self) -> None:
         # reentrant: the collector may run an Engine's __del__, which puts, inside take or put
@@ -116,7 +123,8 @@ class _Spares:
 
     def put(self, thing: _Native) -> None:
         with self._lock:
-            if thing.usable:
+            if thing.usable and thing.bytes <= self.LIMIT:
+                thing.rest()
                 self._kept.append(thing)
             while sum(kept.bytes for kept in self._kept) > self.LIMIT:
                 self._kept.pop(0)  # the oldest; its memory goes back with it
@@ -130,7 +138,7 @@ if hasattr(os, "register_at_fork"):
 class Plan(_Native):
     """One block's weights in the layout of the kernels. `bytes` is known before anything is allocated."""
 
-    _destroy = "tf_plan_destroy"
+    _rest, _destroy = "tf_plan_rest", "tf_plan_destroy"
 
     @staticmethod
     def bytes_of(sizes: Sizes) -> int:
@@ -161,7 +169,7 @@ class Plan(_Native):
 class Workspace(_Native):
     """Cache and activations for passes of up to `rows` rows (twice the batch under guidance) of `window` tokens."""
 
-    _destroy = "tf_workspace_destroy"
+    _rest, _destroy = "tf_workspace_rest", "tf_workspace_destroy"
 
     @staticmethod
     def bytes_of(sizes: Sizes, rows: int, window: int = 1, threads: int | None = None) -> int:

@@ -67,18 +67,21 @@ void run_stage(const Job& job, const Pass& p, int64_t stage) {
         const Range mine = p.team.mine(p.rows.size() / job.share);
         const int64_t first = p.rows.begin / job.share;
         for (int64_t b = first + mine.begin; b < first + mine.end; ++b) update(job, b, p.position);
-        p.team.wait();
+        p.clock->mark(TF_PART_UPDATE);
+        p.meet();
     }
 }
 
 // Threads that share columns meet every few microseconds; one that has lost its core to another program stops them all
-// for a time slice. When most of a run went into such waits, the next ones are made by one thread: the bits are the
-// same.
-constexpr int ALONE = 16;
+// for a time slice. When most of CROWDED seconds went into such waits, one thread goes on alone for ALONE seconds: the
+// bits are the same. Less would take the waking of an idle core (up to milliseconds on a virtual machine) for a crowd.
+constexpr double CROWDED = 0.05, ALONE = 0.5;
 
-inline bool crowded(const Team& team, double elapsed) {
-    const double lost = 1e-9 * double(__atomic_load_n(&team.barrier->lost, __ATOMIC_RELAXED));
-    return elapsed > 0.002 && lost > 0.6 * elapsed * (team.size - 1);
+void note_waits(Workspace& space, double elapsed, double waited) {
+    space.met += elapsed, space.waited += waited;
+    if (space.met < CROWDED) return;
+    if (space.waited > 0.6 * space.met) space.alone_until = seconds() + ALONE;
+    space.met = space.waited = 0.0;
 }
 
 // Runs from *stage until `limit` seconds have passed or the end is reached.
@@ -87,11 +90,8 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
     const tf_inversion& in = job.in;
     const int64_t stages = job.plan.shape.L + 2, begin = *stage;
     const bool by_rows = rows_over_threads(job.plan, in.batch * job.share, threads, in.split);
-    if (!by_rows && threads > 1 && in.split == TF_SPLIT_AUTO && job.space.alone > 0) {
-        --job.space.alone;
-        threads = 1;
-    }
     const double start = seconds();
+    if (!by_rows && in.split == TF_SPLIT_AUTO && start < job.space.alone_until) threads = 1;
     int64_t stop = end;
     if (by_rows) {
         // Threads never meet, so where they stop is settled before: by the time the last run took a stage.
@@ -102,25 +102,28 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
     }
     // One flag for even and one for odd stages: a slow thread may still read the one while the next is written.
     int64_t reached = begin, late[2] = {0, 0};
-    run_teams(useful_threads(job.plan, threads, by_rows), by_rows, in.batch, job.share,
-              [&](Team team, int thread, Range rows) {
-                  for (int64_t at = begin; at < stop; ++at) {
-                      const Pass p = {job.plan,       job.space,   team,        job.space.scratch[thread],
-                                      rows,           1,           at / stages, in.classes,
-                                      in.query_scale, in.flip != 0};
-                      // Decided before the stage's own barriers, hence known to all after them.
-                      if (!by_rows && team.rank == 0) {
-                          const double elapsed = seconds() - start;
-                          const bool waits = team.size > 1 && crowded(team, elapsed);
-                          if (waits) job.space.alone = ALONE;
-                          __atomic_store_n(&late[at & 1], waits || elapsed > limit, __ATOMIC_RELEASE);
-                      }
-                      run_stage<P>(job, p, at);
-                      if (team.rank == 0 && thread == 0) reached = at + 1;
-                      if (!by_rows && __atomic_load_n(&late[at & 1], __ATOMIC_ACQUIRE)) break;
-                  }
-              });
-    job.space.unit_seconds = (seconds() - start) / double(reached - begin);
+    double waited = 0.0;
+    run_teams(
+        useful_threads(job.plan, threads, by_rows), by_rows, in.batch, job.share,
+        [&](Team team, int thread, Range rows) {
+            Clock clock(in.clock ? in.clock + thread * TF_PARTS : nullptr);
+            for (int64_t at = begin; at < stop; ++at) {
+                const Pass p = {
+                    job.plan,       job.space,    team,  job.space.scratch[thread], rows, 1, at / stages, in.classes,
+                    in.query_scale, in.flip != 0, &clock};
+                // Decided before the stage's own barriers, hence known to all after them.
+                if (!by_rows && team.rank == 0)
+                    __atomic_store_n(&late[at & 1], seconds() - start > limit, __ATOMIC_RELEASE);
+                run_stage<P>(job, p, at);
+                if (team.rank == 0 && thread == 0) reached = at + 1;
+                if (!by_rows && __atomic_load_n(&late[at & 1], __ATOMIC_ACQUIRE)) break;
+            }
+            if (team.rank == 0 && team.size > 1)
+                waited = 1e-9 * double(__atomic_load_n(&team.barrier->lost, __ATOMIC_RELAXED)) / (team.size - 1);
+        });
+    const double elapsed = seconds() - start;
+    job.space.unit_seconds = elapsed / double(reached - begin);
+    if (!by_rows && threads > 1) note_waits(job.space, elapsed, waited);
     *stage = reached;
 }
 

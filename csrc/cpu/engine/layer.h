@@ -30,7 +30,13 @@ struct Pass {
     const float* classes;      // [R][C], nullptr without classes
     const float* query_scale;  // [R]: 1 over the temperature of the row; nullptr for 1
     bool flip;
+    Clock* clock;  // of this thread
 
+    // All of the team have come here.
+    void meet() const {
+        team.barrier->wait(team.size);
+        clock->mark(TF_PART_WAIT);
+    }
     int64_t row_of(int64_t m) const { return window == 1 ? m : m / window; }
 };
 
@@ -98,7 +104,8 @@ struct Stages {
                 n == W ? store(h, y) : store(h, y, n);
             });
         });
-        p.team.wait();
+        p.clock->mark(TF_PART_IN);
+        p.meet();
     }
 
     static Cache* keys(const Pass& p, int64_t layer, int64_t row, int64_t head) {
@@ -153,21 +160,24 @@ struct Stages {
             const Range groups = p.team.mine(s.groups);
             product(p, weights.qkv, {groups.begin * s.group_panels, groups.end * s.group_panels}, stride(s.C),
                     load_rows, done);
+            p.clock->mark(TF_PART_QKV);
             for (int64_t row = p.rows.begin; row < p.rows.end; ++row)
                 for (int64_t head = groups.begin * s.group; head < groups.end * s.group && head < s.H; ++head)
                     attend_one(p, layer, row, head);
         } else {
             product(p, weights.qkv, p.team.mine(s.groups * s.group_panels), stride(s.C), load_rows, done);
-            p.team.wait();
+            p.clock->mark(TF_PART_QKV);
+            p.meet();
             const Range items = p.team.mine(p.rows.size() * s.H);
             for (int64_t item = items.begin; item < items.end; ++item)
                 attend_one(p, layer, p.rows.begin + item / s.H, item % s.H);
         }
-        p.team.wait();
+        p.clock->mark(TF_PART_ATTENTION);
+        p.meet();
     }
 
     // h += a matrix applied to stored operands
-    static void residual(const Pass& p, const Matrix& matrix, const void* operands, int64_t operand_stride) {
+    static void residual(const Pass& p, const Matrix& matrix, const void* operands, int64_t operand_stride, int part) {
         const Shape& s = p.plan.shape;
         const Operand* a = static_cast<const Operand*>(operands);
         product(
@@ -179,14 +189,15 @@ struct Stages {
                     n == W ? store(h, load(h) + y) : store(h, load(h, n) + y, n);
                 });
             });
-        p.team.wait();
+        p.clock->mark(part);
+        p.meet();
     }
 
     static void layer(const Pass& p, int64_t number) {
         const Shape& s = p.plan.shape;
         const Layer& weights = p.plan.layers[number];
         attention(p, number);
-        residual(p, weights.proj, p.space.mixed, stride(s.C));
+        residual(p, weights.proj, p.space.mixed, stride(s.C), TF_PART_PROJ);
         product(
             p, weights.fc1, p.team.mine(panels(s.F)), stride(s.C),
             [&](int64_t begin, int64_t end) { return normalised(p, weights.norm2, begin, end); },
@@ -196,8 +207,9 @@ struct Stages {
                     n == W ? store(hidden, gelu(y)) : store(hidden, gelu(y), n);
                 });
             });
-        p.team.wait();
-        residual(p, weights.fc2, p.space.hidden, stride(s.F));
+        p.clock->mark(TF_PART_FC1);
+        p.meet();
+        residual(p, weights.fc2, p.space.hidden, stride(s.F), TF_PART_FC2);
     }
 
     // ab = proj_out(h)
@@ -210,7 +222,8 @@ struct Stages {
                 n == W ? store(ab, y) : store(ab, y, n);
             });
         });
-        p.team.wait();
+        p.clock->mark(TF_PART_OUT);
+        p.meet();
     }
 };
 

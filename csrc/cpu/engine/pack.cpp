@@ -7,38 +7,33 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t PART = 64;  // inputs of a panel transposed at a time, in the L1 cache
+constexpr int64_t PART = 64;  // inputs read from a row at a time, before the next 16 rows are
 
-// One tensor of the block, or several rows of one: what lands in a matrix or a vector.
+// One tensor of the block: what lands in a matrix or a vector.
 struct Source {
     const void* data;  // nullptr: absent
     int dtype;
     int64_t index;  // of the tensor, to name it
-
-    // n floats from element `at` on; true when all are finite.
-    bool read(int64_t at, int64_t n, float* y) const {
-        vu worst = {};
-        for (int64_t k = 0; k < n; k += W) {
-            const int m = n - k < W ? int(n - k) : W;
-            vf v;
-            if (dtype == TF_F32)
-                v = load_part(static_cast<const float*>(data) + at + k, m);
-            else if (dtype == TF_BF16)
-                v = load(static_cast<const bf16*>(data) + at + k, m);
-            else
-                v = load(static_cast<const f16*>(data) + at + k, m);
-            const vu magnitude = bits<vu>(v) & 0x7fffffffu;
-            worst |= vu(magnitude >= 0x7f800000u);
-            if (m == W)
-                store(y + k, v);
-            else
-                store(y + k, v, m);
-        }
-        uint32_t any = 0;
-        for (int k = 0; k < W; ++k) any |= worst[k];
-        return any == 0;
-    }
 };
+
+inline void note_largest(vu& largest, vf v) {
+    const vu magnitude = bits<vu>(v) & 0x7fffffffu;
+    largest = select((vi)(magnitude > largest), magnitude, largest);
+}
+
+inline uint32_t largest_lane(vu largest) {
+    uint32_t most = 0;
+    for (int k = 0; k < W; ++k) most = most > largest[k] ? most : largest[k];
+    return most;
+}
+
+inline bool finite(vu largest) { return largest_lane(largest) < 0x7f800000u; }
+
+// What is left of n at k, as a vector; zeros past n, nothing read there.
+template <class E>
+inline vf load_left(const E* p, int64_t k, int64_t n) {
+    return n - k >= W ? load(p + k) : n > k ? load(p + k, int(n - k)) : zero();
+}
 
 // Where the packed columns of a matrix come from: column c is row `row(c)` of the Linear, or none (zeros).
 struct Columns {
@@ -62,89 +57,128 @@ struct Job {
     int64_t inputs;  // of the Linear; the matrix may have one more, zero
 };
 
-// Rows of a part become the words that are transposed: a float, a pair of bf16, an int8 in a word of its own.
-int64_t to_words(Storage storage, float scale, const float* row, uint32_t* words) {
-    for (int k = 0; k < PART; k += W) {
-        const vf v = load(row + k);
-        if (storage == STORE_F32) {
-            memcpy(words + k, &v, sizeof v);
-        } else if (storage == STORE_BF16) {
-            const vh h = narrow_bf16(v);
-            memcpy(words + k / 2, &h, sizeof h);
-        } else {
-            const float round_to_int = 0x1.8p23f;
-            const vi q = bits<vi>(v / splat(scale) + round_to_int) - bits<int32_t>(round_to_int);
-            memcpy(words + k, &q, sizeof q);
+// Packs one panel of elements E as S.
+template <class E, Storage S>
+struct Packer {
+    // A word holds a float, a pair of bf16, or an int8; a tile is 16 words of each of 16 columns.
+    static constexpr int64_t A_WORD = S == STORE_BF16 ? 2 : 1, TILE = 16 * A_WORD;
+
+    const Job& job;
+    const E* rows[PANEL];
+    float scales[PANEL];
+    vu largest = {};
+
+    static inline void words(const E* row, int64_t k, int64_t n, float scale, uint32_t* out, vu& largest) {
+        for (int at = 0; at < TILE; at += W) {
+            const vf v = load_left(row, k + at, n);
+            if (S == STORE_F32) {
+                memcpy(out + at, &v, sizeof v);
+            } else if (S == STORE_BF16) {
+                const vh h = narrow_bf16(v);
+                memcpy(out + at / 2, &h, sizeof h);
+            } else {
+                const float round_to_int = 0x1.8p23f;
+                const vi q = bits<vi>(v / splat(scale) + round_to_int) - bits<int32_t>(round_to_int);
+                memcpy(out + at, &q, sizeof q);
+            }
+            note_largest(largest, v);
         }
     }
-    return storage == STORE_BF16 ? PART / 2 : PART;
-}
 
-void put(const Job& job, int64_t panel, int64_t k, int64_t n, const float (*rows)[PART]) {
-    const Matrix& m = *job.matrix;
-    const int64_t at = panel * m.inputs * PANEL + k * PANEL;
-    alignas(64) uint32_t words[PANEL][PART], turned[16][PANEL];
-    int64_t count = 0;
-    for (int c = 0; c < PANEL; ++c)
-        count = to_words(m.storage, m.scale ? m.scale[panel * PANEL + c] : 1.0f, rows[c], words[c]);
-    const int64_t used = m.storage == STORE_BF16 ? n / 2 : n;
-    for (int64_t j = 0; j < used && j < count; j += 16) {
-        for (int c = 0; c < PANEL; c += 16) transpose16(words[c] + j, PART, turned[0] + c, PANEL);
-        const int64_t lines = used - j < 16 ? used - j : 16;
-        if (m.storage == STORE_F32)
-            memcpy(static_cast<float*>(m.weights) + at + j * PANEL, turned, size_t(lines) * PANEL * 4);
-        else if (m.storage == STORE_BF16)
-            memcpy(static_cast<bf16*>(m.weights) + at + 2 * j * PANEL, turned, size_t(lines) * PANEL * 4);
-        else
-            for (int64_t c = 0; c < lines * PANEL; ++c)
-                static_cast<int8_t*>(m.weights)[at + j * PANEL + c] = int8_t(turned[0][c]);
+    // Columns c .. c + 16 of the panel, inputs k .. k + TILE.
+    void tile(int64_t panel, int c, int64_t k) {
+        const Matrix& m = *job.matrix;
+        alignas(64) uint32_t read[16][16], turned[16][16];
+        for (int i = 0; i < 16; ++i)
+            if (rows[c + i])
+                words(rows[c + i], k, job.inputs, scales[c + i], read[i], largest);
+            else
+                memset(read[i], 0, sizeof read[i]);
+        const int64_t left = (m.inputs - k) / A_WORD, lines = left < 16 ? left : 16, at = panel * m.inputs * PANEL;
+        uint32_t* packed = static_cast<uint32_t*>(m.weights) + (at + k * PANEL) / A_WORD + c;
+        if (S != STORE_INT8 && lines == 16) return transpose16(read[0], 16, packed, PANEL);
+        transpose16(read[0], 16, turned[0], 16);
+        for (int64_t j = 0; j < lines; ++j)
+            if (S == STORE_INT8)
+                for (int i = 0; i < 16; ++i)
+                    static_cast<int8_t*>(m.weights)[at + (k + j) * PANEL + c + i] = int8_t(turned[j][i]);
+            else
+                memcpy(packed + j * PANEL, turned[j], sizeof turned[j]);
     }
-}
 
-// The scale of each column: its largest weight becomes 127.
-bool find_scales(const Job& job, int64_t panel, float* row) {
-    bool finite = true;
-    for (int c = 0; c < PANEL; ++c) {
-        const int64_t r = job.columns.row(panel * PANEL + c);
-        float most = 0.0f;
-        for (int64_t k = 0; r >= 0 && k < job.inputs; k += PART) {
-            const int64_t n = job.inputs - k < PART ? job.inputs - k : PART;
-            finite &= job.weight.read(r * job.inputs + k, n, row);
-            for (int64_t j = n; j < PART; ++j) row[j] = 0.0f;
-            vf largest = splat(most);
-            for (int j = 0; j < PART; j += W) largest = max(largest, bits<vf>(bits<vu>(load(row + j)) & 0x7fffffffu));
-            most = max_lane(largest);
+    // The scale of each column: its largest weight becomes 127.
+    void find_scales(int64_t panel) {
+        for (int c = 0; c < PANEL; ++c) {
+            vu column = {};
+            for (int64_t k = 0; rows[c] && k < job.inputs; k += W)
+                note_largest(column, load_left(rows[c], k, job.inputs));
+            const float most = bits<float>(largest_lane(column));
+            job.matrix->scale[panel * PANEL + c] = scales[c] = most > 0.0f ? most / 127.0f : 1.0f;
         }
-        job.matrix->scale[panel * PANEL + c] = most > 0.0f ? most / 127.0f : 1.0f;
     }
-    return finite;
+
+    // Whether all weights were finite.
+    bool run(int64_t panel) {
+        for (int c = 0; c < PANEL; ++c) {
+            const int64_t row = job.columns.row(panel * PANEL + c);
+            rows[c] = row < 0 ? nullptr : static_cast<const E*>(job.weight.data) + row * job.inputs;
+        }
+        if (S == STORE_INT8) find_scales(panel);
+        for (int64_t part = 0; part < job.matrix->inputs; part += PART)
+            for (int c = 0; c < PANEL; c += 16)
+                for (int64_t k = part; k < part + PART && k < job.matrix->inputs; k += TILE) tile(panel, c, k);
+        return finite(largest);
+    }
+};
+
+template <class E>
+bool pack_weights(const Job& job, int64_t panel) {
+    switch (job.matrix->storage) {
+        case STORE_F32:
+            return Packer<E, STORE_F32>{job}.run(panel);
+        case STORE_BF16:
+            return Packer<E, STORE_BF16>{job}.run(panel);
+        default:
+            return Packer<E, STORE_INT8>{job}.run(panel);
+    }
+}
+
+// n floats from element `first` on; true when all are finite.
+template <class E>
+bool read(const void* data, int64_t first, int64_t n, float* y) {
+    const E* x = static_cast<const E*>(data) + first;
+    vu largest = {};
+    store_row(y, n, [&](int64_t k, int m) {
+        const vf v = m == W ? load(x + k) : load(x + k, m);
+        note_largest(largest, v);
+        return v;
+    });
+    return finite(largest);
+}
+
+bool read(const Source& source, int64_t first, int64_t n, float* y) {
+    if (source.dtype == TF_F32) return read<float>(source.data, first, n, y);
+    return source.dtype == TF_BF16 ? read<bf16>(source.data, first, n, y) : read<f16>(source.data, first, n, y);
 }
 
 // -1, or the index of a tensor that is not finite.
 int64_t pack_panel(const Job& job, int64_t panel) {
-    alignas(64) float rows[PANEL][PART];
-    int64_t bad = -1;
-    if (job.matrix->storage == STORE_INT8 && !find_scales(job, panel, rows[0])) return job.weight.index;
-    for (int64_t k = 0; k < job.matrix->inputs; k += PART) {
-        const int64_t n = job.matrix->inputs - k < PART ? job.matrix->inputs - k : PART;
-        for (int c = 0; c < PANEL; ++c) {
-            const int64_t r = job.columns.row(panel * PANEL + c), there = job.inputs - k < n ? job.inputs - k : n;
-            for (int64_t j = r < 0 ? 0 : there; j < PART; ++j) rows[c][j] = 0.0f;
-            if (r >= 0 && !job.weight.read(r * job.inputs + k, there, rows[c])) bad = job.weight.index;
-        }
-        put(job, panel, k, n, rows);
-    }
+    const int dtype = job.weight.dtype;
+    const bool fine = dtype == TF_F32    ? pack_weights<float>(job, panel)
+                      : dtype == TF_BF16 ? pack_weights<bf16>(job, panel)
+                                         : pack_weights<f16>(job, panel);
+    int64_t bad = fine ? -1 : job.weight.index;
     for (int c = 0; c < PANEL; ++c) {
         const int64_t r = job.columns.row(panel * PANEL + c);
         float* bias = job.matrix->bias + panel * PANEL + c;
         *bias = 0.0f;
-        if (r >= 0 && job.bias.data && !job.bias.read(r, 1, bias)) bad = job.bias.index;
+        if (r >= 0 && job.bias.data && !read(job.bias, r, 1, bias)) bad = job.bias.index;
     }
     return bad;
 }
 
 int64_t pack_vector(const Source& source, float missing, int64_t n, float* y) {
-    if (source.data) return source.read(0, n, y) ? -1 : source.index;
+    if (source.data) return read(source, 0, n, y) ? -1 : source.index;
     for (int64_t k = 0; k < n; ++k) y[k] = missing;
     return -1;
 }

@@ -11,8 +11,10 @@ void run_pass(const Plan& plan, Workspace& space, const tf_pass_arguments& job, 
     const bool by_rows = rows_over_threads(plan, job.rows * job.window, threads, job.split);
     run_teams(useful_threads(plan, threads, by_rows), by_rows, source_rows, share,
               [&](Team team, int thread, Range rows) {
+                  Clock clock(nullptr);
                   const Pass p = {plan,       space,        team,        space.scratch[thread], rows,
-                                  job.window, job.position, job.classes, job.query_scale,       job.flip != 0};
+                                  job.window, job.position, job.classes, job.query_scale,       job.flip != 0,
+                                  &clock};
                   Stages<P>::embed(p, tokens);
                   for (int64_t l = 0; l < s.L; ++l) Stages<P>::layer(p, l);
                   Stages<P>::project_out(p);

@@ -26,6 +26,7 @@ void place(Arena& arena, Plan& plan) {
     // The two ends touch the tokens themselves, and are a small part of the bytes: they stay fp32.
     const Storage ends = STORE_F32;
     plan.layers = arena.take<Layer>(s.L);
+    plan.header = arena.used.value;
     plan.pos = arena.take<float>(Bytes{s.T, false} * s.C);
     place(arena, plan.in, ends, s.D, panels(s.C));
     place(arena, plan.out, ends, s.C, panels(s.out));
@@ -65,6 +66,11 @@ int plan_create(const tf_block* block, tf_plan** out) {
     place(arena, *plan);
     *out = reinterpret_cast<tf_plan*>(plan);
     return TF_OK;
+}
+
+void plan_rest(tf_plan* plan) {
+    const Plan* p = reinterpret_cast<Plan*>(plan);
+    rest(p->memory, p->header, p->bytes);
 }
 
 void plan_destroy(tf_plan* plan) {

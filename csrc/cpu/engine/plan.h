@@ -22,7 +22,7 @@ struct Plan {
     Layer* layers;
     float* pos;  // [T][C]
     void* memory;
-    int64_t bytes;
+    int64_t header, bytes;  // what describes the plan, at the start of its memory; all of it
 };
 
 }  // namespace tf::TF_ISA

@@ -44,6 +44,13 @@ void* allocate(int64_t bytes) {
 void release(void* memory, int64_t bytes) {
     if (memory) munmap(memory, size_t(bytes));
 }
+
+void rest(void* memory, int64_t header, int64_t bytes) {
+    const int64_t huge = int64_t(2) << 20;
+    if (bytes < 8 * huge) return;  // the call would cost more than the memory is worth
+    const int64_t first = round_up(int64_t(memory) + header, huge), end = (int64_t(memory) + bytes) / huge * huge;
+    madvise(reinterpret_cast<void*>(first), size_t(end - first), MADV_FREE);
+}
 #else
 void* allocate(int64_t bytes) {
     void* memory = nullptr;
@@ -52,6 +59,8 @@ void* allocate(int64_t bytes) {
 }
 
 void release(void* memory, int64_t) { free(memory); }
+
+void rest(void*, int64_t, int64_t) {}
 #endif
 
 }  // namespace tf::TF_ISA

@@ -77,11 +77,24 @@ struct Range {
 // Part `part` of `parts` of n items: contiguous, as even as can be.
 inline Range share(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, n * (part + 1) / parts}; }
 
+// Where one thread's time goes; without parts nothing is counted.
+struct Clock {
+    double* parts = nullptr;
+    double last = 0.0;
+
+    explicit Clock(double* where) : parts(where), last(where ? seconds() : 0.0) {}
+    void mark(int part) {  // the time since the last mark went into `part`
+        if (!parts) return;
+        const double now = seconds();
+        parts[part] += now - last;
+        last = now;
+    }
+};
+
 struct Team {
     int rank, size;
     Barrier* barrier;
 
-    void wait() const { barrier->wait(size); }
     Range mine(int64_t items) const { return share(items, rank, size); }
 };
 

@@ -10,13 +10,14 @@ void place(Arena& arena, Workspace& w) {
     const Bytes rows = Bytes{w.rows, false} * w.window;
     const int64_t operand = s.operand_bytes(), block = rows.bad || rows.value > ROW_BLOCK ? ROW_BLOCK : rows.value;
     const int64_t widest = stride(s.C > s.D ? s.C : s.D);
+    w.scratch = arena.take<Scratch>(int64_t(w.threads));
+    w.header = arena.used.value;
     w.h = arena.take<float>(rows * stride(s.C));
     w.q = arena.take<float>(rows * stride(s.H * s.Ep));
     w.mixed = arena.take<char>(rows * stride(s.C) * operand);
     w.hidden = arena.take<char>(rows * stride(s.F) * operand);
     w.ab = arena.take<float>(rows * stride(s.out));
     w.cache = arena.take<char>(Bytes{s.L, false} * w.rows * s.H * s.Tp * (2 * s.Ep) * s.cache_bytes());
-    w.scratch = arena.take<Scratch>(int64_t(w.threads));
     Scratch counted;
     for (int t = 0; t < w.threads; ++t) {
         Scratch& scratch = arena.base ? w.scratch[t] : counted;
@@ -64,6 +65,11 @@ bool fits(const Shape& s, const Workspace& w, int64_t rows, int64_t window) {
     const Shape& o = w.shape;
     return s.T == o.T && s.D == o.D && s.C == o.C && s.L == o.L && s.E == o.E && s.F == o.F && s.scale == o.scale &&
            s.precision == o.precision && rows <= w.rows && window <= w.window;
+}
+
+void workspace_rest(tf_workspace* workspace) {
+    const Workspace* w = reinterpret_cast<Workspace*>(workspace);
+    rest(w->memory, w->header, w->bytes);
 }
 
 void workspace_destroy(tf_workspace* workspace) {

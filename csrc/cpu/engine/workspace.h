@@ -23,9 +23,10 @@ struct Workspace {
     void* cache;       // [L][R][H]: keys [Tp][Ep], then values [Tp][Ep]
     Scratch* scratch;  // [threads]
     void* memory;
-    int64_t bytes;
-    int alone;            // how many more runs one thread makes by itself, the others having had no core lately
-    double unit_seconds;  // of the last run, a stage of a token; 0 when there was none
+    int64_t header, bytes;  // what describes the workspace, at the start of its memory; all of it
+    double unit_seconds;    // of the last run, a stage of a token; 0 when there was none
+    double met, waited;     // seconds several threads have worked together, and waited for one another, of late
+    double alone_until;     // when one thread stops working by itself, the others having had no core
 };
 
 // Whether a pass of this shape, rows and window may use the workspace.
