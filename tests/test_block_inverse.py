@@ -237,7 +237,7 @@ STRANGERS = {
         lambda b: b.attn_blocks[1].attention.__setattr__("qkv", Scaled(128, 384)),
         "attn_blocks.1.attention.qkv is a Scaled",
     ),
-    "a hook": (lambda b: b.proj_in.register_forward_hook(lambda *_: None), "proj_in has hooks or a forward of its own"),
+    "a hook": (lambda b: b.proj_in.register_forward_hook(lambda *_: None), "proj_in has hooks"),
     "a pre-hook": (lambda b: b.attn_blocks[0].mlp.register_forward_pre_hook(lambda *_: None), "attn_blocks.0.mlp has"),
     "a parametrization": (
         lambda b: nn.utils.parametrizations.weight_norm(b.proj_out), "proj_out is a ParametrizedLinear",
@@ -251,7 +251,7 @@ STRANGERS = {
     "float64": (lambda b: b.double(), "its parameters are torch.float64"),
     "mixed dtypes": (lambda b: b.proj_in.bfloat16(), "a parameter is torch.bfloat16 on cpu, pos_embed torch.float32"),
     "a forward of its own": (
-        lambda b: setattr(b.proj_in, "forward", lambda x: x), "proj_in has hooks or a forward of its own",
+        lambda b: setattr(b.proj_in, "forward", lambda x: x), "proj_in has a forward of its own",
     ),
 }  # fmt: skip
 

@@ -208,13 +208,13 @@ def without_norm_weights(block):
 
 OBJECTIONS = {
     with_adapter: "attn_blocks.1.attention.qkv is a Adapter",
-    with_hook: "attn_blocks.0 has hooks or a forward of its own",
+    with_hook: "attn_blocks.0 has hooks",
     with_parametrization: "attn_blocks.0.mlp.main.0 is a ParametrizedLinear",
     with_tanh_gelu: "attn_blocks.0.mlp.main is not Linear, exact GELU, Linear",
     with_half_a_layer: "a parameter is torch.float16 on cpu, pos_embed torch.float32 on cpu",
     without_bias: "there is no attn_blocks.0.attention.proj.bias",
     without_norm_weights: "there is no attn_blocks.0.mlp.norm.weight",
-    with_own_forward: "attn_blocks.0.mlp has hooks or a forward of its own",
+    with_own_forward: "attn_blocks.0.mlp has a forward of its own",
 }
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tarflow_fast.inverse.plan import PRECISIONS
+
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
     from tarflow_fast.inverse.engine import Engine
     from tarflow_fast.inverse.graph import GraphWorkspace
-
-PRECISIONS = ("fp32", "bf16", "int8")
 
 
 class InverseCall:

@@ -12,7 +12,6 @@ backend "torch"  one token after another through the block's own modules, any de
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +27,7 @@ from tarflow_fast.inverse.workspace import InverseCall
 from tarflow_fast.ops.registry import (
     Backend,
     Op,
+    asked_for,
     cpu_refuses,
     register,
     triton_missing,
@@ -77,7 +77,7 @@ def block_inverse(
         try:
             call.graph = prepare_graph(block, z, guidance, call.graph, call.precision)
         except Exception as error:  # Triton's compiler and the driver raise what they like
-            if _named("triton", call.backend):
+            if asked_for(call.backend) == "triton":
                 raise
             warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
         else:
@@ -125,7 +125,7 @@ def find_path(block: MetaBlock, z: Tensor, call: InverseCall) -> Path:
         if not found:
             return Path(first, first)
     reason = objection or found
-    if _named(first, call.backend):
+    if asked_for(call.backend) == first:
         raise RuntimeError(f"block_inverse: backend {first!r} cannot run: {reason}")
     return Path("torch", first, reason, aside=not objection)
 
@@ -139,10 +139,6 @@ def call_reason(z: Tensor, call: InverseCall) -> str:
     if type(z) is not Tensor or z.layout != torch.strided or z.dtype not in DTYPES:
         return f"z is a {type(z).__name__} of {z.dtype}"
     return ""
-
-
-def _named(backend: str, asked: str) -> bool:
-    return backend == (os.environ.get("TARFLOW_FAST_BACKEND") or "auto" if asked == "auto" else asked)
 
 
 def _torch_precision(block: MetaBlock, z: Tensor) -> str:
