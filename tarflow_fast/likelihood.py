@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from tarflow_fast.dtypes import wide_dtype
 from tarflow_fast.nonfinite import NonFinite, bad_rows
 from tarflow_fast.validate import check_positive_int
 
@@ -38,7 +39,7 @@ class LikelihoodMixin:
             TypeError, ValueError: as `forward`.
         """
         z, _, logdets = self(x, y)
-        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(z)
         z, var = z.to(wide), self.var.to(wide)
         log_prior = -0.5 * (z.square() / var + torch.log(2 * math.pi * var)).sum(dim=(1, 2))
         return log_prior + logdets * z[0].numel() if len(z) else log_prior
