@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
-    from tarflow_fast.model import Model, NonFiniteError, TarFlow
+    from tarflow_fast.model import Model, TarFlow
+    from tarflow_fast.nonfinite import NonFiniteError
     from tarflow_fast.reference import ReferenceTarFlow
 
 __version__ = "0.1.0"
@@ -15,7 +16,7 @@ __all__ = ["MetaBlock", "Model", "NonFiniteError", "ReferenceTarFlow", "TarFlow"
 _HOMES = {
     "TarFlow": "model",
     "Model": "model",
-    "NonFiniteError": "model",
+    "NonFiniteError": "nonfinite",
     "MetaBlock": "block",
     "ReferenceTarFlow": "reference",
 }

@@ -149,7 +149,7 @@ class MetaBlock(nn.Module):
         """x -> z, with z_{i+1} = (x_{i+1} - b_i) * exp(-a_i) in the block's order.
 
         Args:
-            x: (B, T, D), the parameters' dtype (any floating dtype under autocast).
+            x: (B, T, D), the parameters' dtype (under autocast any of float32, bfloat16 and float16).
             y: (B,) int64 labels, negative for none; or None.
             backend: which kernels to use, see `tarflow_fast.ops`.
 
@@ -160,8 +160,11 @@ class MetaBlock(nn.Module):
         h = self.embed(tokens, pos_embed, self.class_embedding(y))
         for layer in self.attn_blocks:
             h = layer(h, backend) if type(layer) is AttentionBlock else layer(h)
-        z, log_det = affine(x, self.proj_out(h), flip=self.flip, backend=backend)
-        return z, log_det / (x.size(1) * x.size(2))
+        ab = self.proj_out(h)
+        # One 16-bit type beside another, as autocast makes of images in the other: float32 holds both.
+        tokens = x.float() if x.dtype.itemsize == 2 and ab.dtype != x.dtype else x
+        z, log_det = affine(tokens, ab, flip=self.flip, backend=backend)
+        return z.to(x.dtype), log_det / (x.size(1) * x.size(2))
 
     @torch.no_grad()
     def reverse(

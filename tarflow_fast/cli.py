@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import arg, subcommand
+from tyro.conf import Positional, arg, subcommand
 
 from tarflow_fast.train_config import TrainConfig, from_file
 
@@ -178,15 +178,30 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Info:
-    """Tells versions, CPU, GPU, and which kernels are available, or why not."""
+    """Tells versions, CPU, GPU, and which kernels are available, or why not; of a flow, which path each block takes."""
 
+    model: Positional[Annotated[str | None, arg(metavar="MODEL")]] = None
+    """Also lists the blocks of this flow: digits, a folder, or the original's checkpoint file."""
     json: bool = False
     """As JSON."""
+    device: str = "cpu"
+    """Where the flow would run: cpu, cuda, ..."""
+    in_channels: Annotated[int | None, arg(aliases=["--channel_size"])] = None
+    """Of a checkpoint file's images: 3, or this."""
+    img_size: tuple[int, int] | None = None
+    """Height and width of a checkpoint file's images, where they are not square."""
 
     def run(self) -> int:
         from tarflow_fast import info
+        from tarflow_fast.flows import open_flow
 
-        print(json.dumps(info.info(), indent=2) if self.json else info.format_info())
+        model = None
+        if self.model is not None:
+            model, _ = open_flow(self.model, device=self.device, in_channels=self.in_channels, img_size=self.img_size)
+        if self.json:
+            print(json.dumps(info.info() | ({"blocks": info.blocks(model)} if model else {}), indent=2))
+        else:
+            print(info.format_info() + (f"\n\n{info.format_blocks(model)}" if model else ""))
         return 0
 
 

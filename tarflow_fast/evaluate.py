@@ -13,6 +13,8 @@ from tarflow_fast.data import ImageFiles, ImageSet, generator
 if TYPE_CHECKING:
     from tarflow_fast.model import TarFlow
 
+_INDEX_BYTES = 1 << 24
+
 
 @dataclass(frozen=True)
 class Bits:
@@ -80,9 +82,18 @@ def histogram_bits(known: ImageSet, images: ImageSet) -> float:
     """
     if isinstance(known.images, ImageFiles) or isinstance(images.images, ImageFiles):
         raise ValueError("histogram_bits: both sets must be held in memory, got one that is decoded batch by batch")
-    levels = known.levels
-    columns = known.images.flatten(1).long()
-    counts = torch.ones(columns.shape[1], levels, dtype=torch.float64)
-    counts.scatter_add_(1, columns.T, torch.ones_like(columns.T, dtype=torch.float64))
+    counts = 1 + _counts(known.images, known.levels).double()
     cost = -(counts / counts.sum(1, keepdim=True)).log2()
-    return cost.gather(1, images.images.flatten(1).long().T).mean().item()
+    return ((_counts(images.images, known.levels) * cost).sum() / images.images.numel()).item()
+
+
+def _counts(images: torch.Tensor, levels: int) -> torch.Tensor:
+    """How often each pixel, flattened, has each level: (pixels, levels) int64, of (N, C, H, W) uint8.
+
+    Some images at a time: indices take 8 bytes a pixel.
+    """
+    pixels = math.prod(images.shape[1:])
+    counts = torch.zeros(pixels, levels, dtype=torch.int64)
+    for part in images.flatten(1).split(max(1, _INDEX_BYTES // (8 * pixels))):
+        counts.scatter_add_(1, part.T.long(), torch.ones((), dtype=torch.int64).expand(pixels, len(part)))
+    return counts

@@ -16,29 +16,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarflow_fast.ops import attention_qkv, bias_gelu, bias_residual, layer_norm
-from tarflow_fast.ops.registry import OPS, constant_when_traced, under_transform
+from tarflow_fast.ops.registry import OPS, asked_for, constant_when_traced, under_transform, warn_once
+from tarflow_fast.plain import BACKWARD_HOOKS, FORWARD_HOOKS, global_hooks, not_plain
 
 if TYPE_CHECKING:
     from tarflow_fast.block import AttentionBlock
 
-__all__ = ["fused_layer", "takes_fused_layer", "why_not_fused"]
+__all__ = ["fused_layer", "fused_wanted", "takes_fused_layer", "why_not_fused"]
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = tuple("_global" + name for name in HOOKS)
+HOOKS = FORWARD_HOOKS + BACKWARD_HOOKS  # the modules' backward passes are left out, too
 
 
 def takes_fused_layer(layer: AttentionBlock, h: Tensor, backend: str) -> bool:
-    """Whether `fused_layer` takes the place of the layer's modules: on a GPU, or where Triton is asked for by name."""
+    """Whether `fused_layer` takes the place of the layer's modules; a layer that must be called as modules is told."""
+    if not fused_wanted(h, backend):
+        return False
+    if reason := why_not_fused(layer):
+        _tell(reason)
+        return False
+    return _dtypes_fit(layer, h)
+
+
+def fused_wanted(h: Tensor, backend: str) -> bool:
+    """Whether layers are to be fused at all: on a GPU, or where Triton is asked for by name; in no transform."""
     if h.device.type == "cpu" and backend == "auto" and "TARFLOW_FAST_BACKEND" not in os.environ:
         return False
-    if under_transform() or not _wanted(backend, h.device, compute_dtype(h)):
-        return False
-    return not why_not_fused(layer) and _dtypes_fit(layer, h)
+    return not under_transform() and _wanted(backend, h.device, compute_dtype(h))
+
+
+@constant_when_traced
+def _tell(reason: str) -> None:
+    warn_once(
+        f"tarflow_fast computes a layer by its modules instead of fused kernels: {reason} "
+        "(tarflow_fast.info.blocks(model) lists every block)"
+    )
 
 
 @constant_when_traced
 def _wanted(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    asked = (os.environ.get("TARFLOW_FAST_BACKEND") or "auto") if backend == "auto" else backend
+    asked = asked_for(backend)
     if asked == "auto":
         return device.type == "cuda" and not OPS["attention"].why_not("triton", device, dtype)
     return asked == "triton"
@@ -50,7 +66,7 @@ def why_not_fused(layer: AttentionBlock) -> str:
     from tarflow_fast.block import MLP, Attention
 
     attention, mlp = layer.attention, layer.mlp
-    if any(getattr(torch.nn.modules.module, hooks) for hooks in GLOBAL_HOOKS):
+    if global_hooks(HOOKS):
         return "every module has hooks"
     parts = {
         "attention": (attention, Attention),
@@ -62,12 +78,12 @@ def why_not_fused(layer: AttentionBlock) -> str:
         "mlp.main": (mlp.main, nn.Sequential),
     }
     for name, (module, kind) in parts.items():
-        if reason := _not_plain(module, kind):
+        if reason := _replaced(module, kind):
             return f"{name} {reason}"
     if len(mlp.main) != 3:
         return "mlp.main is not Linear, GELU, Linear"
     for index, (module, kind) in enumerate(zip(mlp.main, (nn.Linear, nn.GELU, nn.Linear), strict=True)):
-        if reason := _not_plain(module, kind):
+        if reason := _replaced(module, kind):
             return f"mlp.main.{index} {reason}"
     if mlp.main[1].approximate != "none":
         return "mlp.main.1 is not the exact GELU"
@@ -84,17 +100,12 @@ def _dtypes_fit(layer: AttentionBlock, h: Tensor) -> bool:
     return all(linear.bias.dtype in (dtype, torch.float32) for linear in (attention.proj, up, down))
 
 
-def _not_plain(module: nn.Module, kind: type[nn.Module]) -> str:
-    if type(module) is not kind:
-        return f"is a {type(module).__name__}"
-    state = module.__dict__  # read as it is: attributes of a Module go through a search, for 12 modules a layer
-    if any(state[hooks] for hooks in HOOKS):
-        return "has hooks"
-    if "forward" in state:
-        return "has a forward of its own"
+def _replaced(module: nn.Module, kind: type[nn.Module]) -> str:
+    if reason := not_plain(module, kind, HOOKS):
+        return reason
     if kind in (nn.Linear, nn.LayerNorm):
         for name in ("weight", "bias"):
-            kind_of_weight = type(state["_parameters"].get(name))
+            kind_of_weight = type(module._parameters.get(name))
             if kind_of_weight is not nn.Parameter and kind_of_weight is not Tensor:
                 return f"has a {name} that is a {kind_of_weight.__name__}"
     if kind is nn.LayerNorm and len(module.normalized_shape) != 1:

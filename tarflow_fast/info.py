@@ -1,16 +1,23 @@
 """What this installation consists of and what of it works here: versions, processor, GPU, native library, backends."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tarflow_fast import __version__, native
 from tarflow_fast.ops import explain
+from tarflow_fast.ops.registry import OPS
 
-__all__ = ["format_info", "info"]
+if TYPE_CHECKING:
+    from tarflow_fast.block import MetaBlock
+    from tarflow_fast.model import TarFlow
+
+__all__ = ["blocks", "format_blocks", "format_info", "info"]
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
 FEATURES = (
@@ -86,6 +93,67 @@ def format_info() -> str:
             f"  {row['op']:<12} {row['backend']:<8} {'yes' if row['available'] else 'no: ' + _first(row['reason'])}"
         ]
     return "\n".join(lines)
+
+
+def blocks(model: TarFlow) -> list[dict[str, Any]]:
+    """Which path each flow block takes on this machine, and why not a faster one; JSON-able, one row a block:
+
+    {"block": its number, "inverse": "cpu", "triton", "torch" or "none", "inverse_reason": "" or why no faster one,
+     "layers": "fused", "modules" or "none", of the forward pass, "layers_reason": likewise}
+
+    A block is left to PyTorch for hooks, adapters, parametrizations, quantized and replaced layers. "none": the
+    backend asked for by name cannot run, and the call raises.
+    """
+    rows = []
+    for number, block in enumerate(model.blocks):
+        row = {"block": number}
+        row["inverse"], row["inverse_reason"] = _inverse(model, block)
+        row["layers"], row["layers_reason"] = _layers(model, block)
+        rows.append(row)
+    return rows
+
+
+def format_blocks(model: TarFlow) -> str:
+    """`blocks(model)` as text for a terminal."""
+    lines = [f"Blocks of the flow ({model.var.device}, {str(model.var.dtype).removeprefix('torch.')})"]
+    for row in blocks(model):
+        lines += [f"  {row['block']:<3} inverse: {row['inverse']}{_why(row['inverse_reason'])}"]
+        lines += [f"      layers:  {row['layers']}{_why(row['layers_reason'])}"]
+    return "\n".join(lines)
+
+
+def _inverse(model: TarFlow, block: MetaBlock) -> tuple[str, str]:
+    from tarflow_fast.inverse import InverseCall
+    from tarflow_fast.ops.block_inverse import find_path
+
+    try:
+        path = find_path(block, model.var[None], InverseCall(model.backend))
+    except RuntimeError as error:
+        return "none", str(error)
+    op, device = OPS["block_inverse"], model.var.device
+    preferred = op.auto.get(device.type, ("torch",))[0]
+    return path.backend, path.reason or op.why_not(preferred, device, model.var.dtype)
+
+
+def _layers(model: TarFlow, block: MetaBlock) -> tuple[str, str]:
+    from tarflow_fast.block import AttentionBlock
+    from tarflow_fast.fused import fused_wanted, takes_fused_layer, why_not_fused
+
+    h = model.var.new_empty(1, 1, model.channels)
+    if not fused_wanted(h, model.backend):
+        return "modules", f"not wanted for backend {model.backend!r} on {h.device.type} tensors"
+    for number, layer in enumerate(block.attn_blocks):
+        reason = why_not_fused(layer) if type(layer) is AttentionBlock else f"is a {type(layer).__name__}"
+        if not reason and not takes_fused_layer(layer, h, model.backend):
+            reason = "has parameters of other dtypes"
+        if reason:
+            return "modules", f"attn_blocks.{number}: {reason}"
+    reason = OPS["attention"].why_not("triton", h.device, h.dtype)
+    return ("none", reason) if reason else ("fused", "")
+
+
+def _why(reason: str) -> str:
+    return f" ({_first(reason)})" if reason else ""
 
 
 def _first(text: str) -> str:

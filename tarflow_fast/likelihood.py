@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from itertools import chain
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tarflow_fast.dtypes import wide_dtype
+from tarflow_fast.nonfinite import NonFinite, bad_rows
 from tarflow_fast.validate import check_positive_int
 
 # Values saved for backward, per token, layer and channel: two LayerNorm inputs and outputs (4), qkv (3), attention's
 # output twice (2), fc1's output before and after GELU (8), the residual sums (2).
 _SAVED_VALUES = 19
+
+
+Flow = TypeVar("Flow", bound=nn.Module)
 
 
 class LikelihoodMixin:
@@ -31,7 +39,7 @@ class LikelihoodMixin:
             TypeError, ValueError: as `forward`.
         """
         z, _, logdets = self(x, y)
-        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(z)
         z, var = z.to(wide), self.var.to(wide)
         log_prior = -0.5 * (z.square() / var + torch.log(2 * math.pi * var)).sum(dim=(1, 2))
         return log_prior + logdets * z[0].numel() if len(z) else log_prior
@@ -93,6 +101,7 @@ class LikelihoodMixin:
         *,
         batch_size: int | None = None,
         memory_limit: int = 2**31,
+        nonfinite: str = "warn",
     ) -> Tensor:
         """Remove the noise the flow was trained with, by Tweedie's formula: x + noise_std^2 * grad_x log p(x | y).
 
@@ -102,12 +111,15 @@ class LikelihoodMixin:
             noise_std: standard deviation of the training noise (arXiv 2412.06329, section 2.4), in units of x; > 0.
             batch_size: images differentiated together; None: as many as fit memory_limit, at least one.
             memory_limit: bytes of saved activations to stay within.
+            nonfinite: what to do when a row of the result is not finite: 'warn' (and return it), 'raise'
+                NonFiniteError, or 'ignore'.
 
         Returns:
             Denoised images, shaped and typed as x, without gradient.
 
         Raises:
             TypeError, ValueError: as `forward`; noise_std, batch_size or memory_limit not positive.
+            NonFiniteError: see `nonfinite`.
         """
         if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
             raise TypeError(f"denoise: noise_std must be a number, got {type(noise_std).__name__}")
@@ -120,14 +132,20 @@ class LikelihoodMixin:
             batch_size = max(1, memory_limit // row_bytes)
         check_positive_int("denoise", "batch_size", batch_size)
         y = self._check_images("denoise", x, y)
-        clean = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for start in range(0, len(x), batch_size):
-            rows = slice(start, start + batch_size)
-            with torch.enable_grad():
-                noisy = x[rows].detach().requires_grad_()
-                log_prob = self.log_prob(noisy, None if y is None else y[rows])
+        bad = NonFinite("denoise", nonfinite, len(x))
+        with torch.inference_mode(False), torch.enable_grad():
+            flow = _differentiable(self)
+            clean = torch.empty_like(x, memory_format=torch.contiguous_format)
+            for start in range(0, len(x), batch_size):
+                rows = slice(start, start + batch_size)
+                noisy = x[rows].detach().clone().requires_grad_()  # a clone: x may be an inference tensor
+                log_prob = flow.log_prob(noisy, None if y is None else y[rows])
                 (score,) = torch.autograd.grad(log_prob.sum(), noisy)
-            clean[rows] = (noisy + noise_std**2 * score).detach()
+                clean[rows] = (noisy + noise_std**2 * score).detach()
+                if bad.in_part(clean[rows]):
+                    row = start + int(bad_rows(clean[rows]).nonzero()[0])
+                    bad.at(f"first row {row}; the image given, or the score there, is not finite")
+        bad.warn()
         return clean
 
     @torch.no_grad()
@@ -149,3 +167,9 @@ class LikelihoodMixin:
         labels = torch.arange(self.num_classes, device=x.device)
         scores = [self.log_prob(x, label.expand(len(x))) for label in labels]
         return torch.log_softmax(torch.stack(scores, dim=1), dim=1)
+
+
+def _differentiable(flow: Flow) -> Flow:
+    """The flow, or a copy of it where it was made under torch.inference_mode: autograd may not look at such tensors."""
+    made_there = any(tensor.is_inference() for tensor in chain(flow.parameters(), flow.buffers()))
+    return copy.deepcopy(flow) if made_there else flow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,14 +12,9 @@ from tarflow_fast.block import HEAD_SIZE, MetaBlock
 from tarflow_fast.checkpoint import CheckpointMixin
 from tarflow_fast.inverse import Guidance, InverseCall, invert_block
 from tarflow_fast.likelihood import LikelihoodMixin
+from tarflow_fast.nonfinite import NonFinite, first_overflow
 from tarflow_fast.ops.registry import BACKENDS
-from tarflow_fast.validate import check_labels, check_positive_int, check_tensor, quiet_stream
-
-NONFINITE = ("warn", "raise", "ignore")
-
-
-class NonFiniteError(ArithmeticError):
-    """An inverse overflowed: the message counts the rows and names the first block, token and row."""
+from tarflow_fast.validate import check_labels, check_positive_int, check_tensor
 
 
 class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
@@ -142,7 +136,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         """Images to noise: x -> z = f_K(... f_1(x)), with its log-determinant.
 
         Args:
-            x: (B, in_channels, height, width) images, by custom in [-1, 1]; the parameters' dtype, any under autocast.
+            x: (B, in_channels, height, width) images, by custom in [-1, 1]; the parameters' dtype, under autocast any
+                of float32, bfloat16 and float16.
             y: (B,) integer labels, negative for "no label" (the mean class embedding); None for no labels at all.
                 An unconditional flow takes no notice of them.
 
@@ -169,7 +164,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
     @torch.no_grad()
     def update_prior(self, z: Tensor) -> None:
         """Move the prior's variance a tenth of the way to the batch mean of z^2, z (B, T, D); for nvp=False."""
-        check_tensor("update_prior", "z", z, ("B", *self.var.shape), self.var)
+        check_tensor("update_prior", "z", z, ("B", *self.var.shape), self.var, scaled=True)
         if len(z) == 0:
             raise ValueError("update_prior: z must hold at least one row, got 0")
         self.var.lerp_(z.pow(2).mean(dim=0).to(self.var.dtype), 0.1)
@@ -209,7 +204,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
                 bits); None: most of what the machine has left.
 
         Returns:
-            Images (B, in_channels, height, width) in the dtype of x, or a list of K + 1 of them.
+            Images (B, in_channels, height, width) in the dtype of x (of the parameters, where x is narrower under
+            autocast), or a list of K + 1 of them.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
@@ -217,25 +213,24 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             RuntimeError: a backend or precision asked for by name cannot run.
             MemoryError: one row alone needs more than `memory_limit`.
         """
-        check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var)
+        check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var, scaled=True)
         y = check_labels("reverse", y, x.size(0), self.num_classes, self.var)
         guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"reverse: nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        bad = NonFinite("reverse", nonfinite, x.size(0))
         T, K = self.num_tokens, len(self.blocks)
         with (
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
             _progress_bar(K * (T - 1)) if progress else nullcontext() as bar,
         ):
-            call = InverseCall(self.backend, precision, differentiable, memory_limit)
+            call = InverseCall(self.backend, precision, differentiable, memory_limit, self.blocks)
             stages = [x]
             tokens = x * self.var.sqrt()
-            blocks = list(reversed(self.blocks))
-            for block in blocks:
+            for block in reversed(self.blocks):
                 tokens, _ = invert_block(block, tokens, y, guide, call, bar.update if progress else None)
                 stages.append(tokens)
-            if nonfinite != "ignore":
-                _report_nonfinite(stages, blocks, nonfinite)
+            if bad.in_part(tokens):
+                bad.at(first_overflow(stages, self.blocks))
+            bad.warn()
             return [self.unpatchify(s) for s in stages] if return_sequence else self.unpatchify(tokens)
 
     def sample(
@@ -283,8 +278,9 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
                 raise ValueError("sample: pass seed or generator, got both")
             generator = torch.Generator().manual_seed(check_positive_int("sample", "seed", seed, 0))
         noise = torch.randn(n, *self.var.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.var)
-        parts = [
-            self.reverse(
+        parts, bad = [], NonFinite("sample", nonfinite, n)
+        for start in range(0, max(n, 1), batch_size):
+            part = self.reverse(
                 noise[start : start + batch_size],
                 None if y is None else y[start : start + batch_size],
                 guidance,
@@ -292,13 +288,15 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
                 attn_temp,
                 annealed_guidance,
                 True,
-                nonfinite=nonfinite,
+                nonfinite="ignore",
                 progress=progress,
                 precision=precision,
                 memory_limit=memory_limit,
             )
-            for start in range(0, max(n, 1), batch_size)
-        ]
+            if bad.in_part(part[-1]):
+                bad.at(first_overflow([self.patchify(stage) for stage in part], self.blocks, start))
+            parts.append(part)
+        bad.warn()
         stages = [torch.cat(stage) for stage in zip(*parts, strict=True)]
         return stages if return_sequence else stages[-1]
 
@@ -310,33 +308,6 @@ def _progress_bar(tokens: int) -> Any:
     from tqdm.auto import tqdm  # only here, so that a bare machine samples without it
 
     return tqdm(total=tokens, desc="reverse", unit="token", leave=False)
-
-
-def _report_nonfinite(stages: list[Tensor], blocks: list[MetaBlock], policy: str) -> None:
-    """Say which rows of the inverse overflowed, and where the first of them did.
-
-    stages: the noise, then the tokens (B, T, D) after each of `blocks` was inverted.
-    """
-    if not quiet_stream(stages[-1]):
-        return
-    bad_rows = ~torch.isfinite(stages[-1]).all(dim=2).all(dim=1)
-    if not bad_rows.any():
-        return
-    number, bad = next((k, b) for k, s in enumerate(stages) if (b := ~torch.isfinite(s).all(dim=2)).any())
-    row = int(bad.any(dim=1).nonzero()[0])
-    tokens = bad[row].nonzero()[:, 0].tolist()
-    if number == 0:
-        place, token = "in the noise given", tokens[0]
-    else:  # the first in the order in which the block solved them
-        block = blocks[number - 1]
-        place, token = f"first in block {len(blocks) - number}", tokens[-1 if block.flip else 0]
-    message = (
-        f"reverse: {int(bad_rows.sum())} of {len(bad_rows)} rows are not finite, {place}, row {row}, token {token}; "
-        "the flow overflows there (lower guidance helps; nonfinite='raise' or 'ignore' changes this warning)"
-    )
-    if policy == "raise":
-        raise NonFiniteError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 Model = TarFlow

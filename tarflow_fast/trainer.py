@@ -231,7 +231,7 @@ class Trainer:
         x = model.sample(8 * classes or 64, y, guidance=guidance, seed=config.seed, nonfinite="ignore")
         panels = [("samples", x)]
         if config.noise_type == "gaussian" and config.noise_std > 0:
-            panels.append(("denoised", model.denoise(x, y, noise_std=config.noise_std)))
+            panels.append(("denoised", model.denoise(x, y, config.noise_std, nonfinite="ignore")))
         if path is not None:
             scale = max(1, 40 // x.shape[-1])
             save_image(side_by_side([(name, make_grid(part, 8, scale=scale)) for name, part in panels]), path)

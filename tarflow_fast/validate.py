@@ -9,10 +9,20 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def quiet_stream(tensor: Tensor) -> bool:
-    """Whether values may be read back to the host: not while torch.compile traces or a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    """Whether values may be read back to the host: not while torch.compile traces, a CUDA graph is captured, or
+    torch.func.vmap runs, where a tensor stands for many."""
+    if torch.compiler.is_compiling() or tensor.is_meta or _under_vmap(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _under_vmap(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):  # one layer a transform
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_positive_int(where: str, name: str, value: object, minimum: int = 1) -> int:
@@ -24,10 +34,13 @@ def check_positive_int(where: str, name: str, value: object, minimum: int = 1) -
     return value
 
 
-def check_tensor(where: str, name: str, value: object, shape: tuple[int | str, ...], like: Tensor) -> Tensor:
+def check_tensor(
+    where: str, name: str, value: object, shape: tuple[int | str, ...], like: Tensor, scaled: bool = False
+) -> Tensor:
     """A dense floating tensor of `shape` (strings stand for any size), on the device and in the dtype of `like`.
 
-    Under autocast any floating dtype is taken, since the layers cast for themselves.
+    Under autocast any of float32, bfloat16 and float16 will do, since the layers cast for themselves, but they leave
+    float64 as it is: both are float64, or neither. scaled: values meet `like` before any layer, which may widen them.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
@@ -41,26 +54,31 @@ def check_tensor(where: str, name: str, value: object, shape: tuple[int | str, .
         raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got {value.layout}")
     if value.device != like.device:
         raise ValueError(f"{where}: {name} must be on the model's device {like.device}, got {value.device}")
-    if not value.is_floating_point() or (value.dtype != like.dtype and not autocast_enabled(value)):
+    if value.dtype != like.dtype and not (value.is_floating_point() and _autocast_casts(value, like, scaled)):
         raise TypeError(f"{where}: {name} must have the model's dtype {like.dtype}, got {value.dtype}")
     return value
 
 
-def autocast_enabled(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
+def _autocast_casts(value: Tensor, like: Tensor, scaled: bool) -> bool:
+    return (
+        torch.is_autocast_enabled(value.device.type)
+        and value.dtype != torch.float64
+        and (scaled or like.dtype != torch.float64)
+    )
 
 
 def check_labels(where: str, y: object, B: int, num_classes: int, like: Tensor) -> Tensor | None:
     """Labels (B,) of any integer dtype on the model's device, below num_classes (negative: no label), as int64.
 
     None stays None, and an unconditional model (num_classes = 0) takes no notice of labels, as in the original.
+    Raises TypeError for what is no tensor, ValueError for labels of another dtype, length, device or range.
     """
     if y is None or num_classes == 0:
         return None
     if not isinstance(y, Tensor):
         raise TypeError(f"{where}: y must be an integer torch.Tensor of shape ({B},), got {type(y).__name__}")
     if y.dtype not in _INTEGERS:
-        raise TypeError(f"{where}: y must have an integer dtype, got {y.dtype}")
+        raise ValueError(f"{where}: y must have an integer dtype, got {y.dtype}")
     if y.shape != (B,):
         raise ValueError(f"{where}: y must have shape ({B},), one label a row, got {tuple(y.shape)}")
     if y.device != like.device:

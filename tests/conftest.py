@@ -33,6 +33,17 @@ def seed(request):
 
 
 @pytest.fixture
+def untold(monkeypatch):
+    """What is warned of once a process was not yet warned of, and the environment asks for no backend."""
+    from tarflow_fast.ops.registry import warn_once
+
+    monkeypatch.delenv("TARFLOW_FAST_BACKEND", raising=False)
+    warn_once.cache_clear()
+    yield
+    warn_once.cache_clear()
+
+
+@pytest.fixture
 def threads():
     """torch.set_num_threads, put back afterwards."""
     before = torch.get_num_threads()

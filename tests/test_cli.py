@@ -136,6 +136,29 @@ def test_evaluate_is_the_mean_of_bits_per_dim(flow):
     assert unlabeled.mean != bits.mean
 
 
+GROWTH = """
+import torch
+from tarflow_fast.data import ImageSet
+from tarflow_fast.evaluate import histogram_bits
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+known = ImageSet(torch.randint(256, (40000, 1, 32, 32), dtype=torch.uint8), None, (), 256, "")
+images = ImageSet(known.images[:4], None, (), 256, "")
+histogram_bits(images, images)
+before = peak()
+histogram_bits(known, known)
+print(peak() - before, known.images.numel())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_histogram_bits_takes_less_memory_than_twice_the_images():
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    grown, size = map(int, done.stdout.split())
+    assert grown < 2 * size
+
+
 def test_histogram_bits_is_the_cross_entropy():
     digits = load_digits().subset(torch.arange(200))
     columns = digits.images.flatten(1).numpy()

@@ -1,6 +1,7 @@
 """The fused layer: a whole model's numbers, gradients and training against the reference, and when it steps aside."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -200,13 +201,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("reason", CHANGES)
-def test_a_changed_layer_is_left_to_its_modules(reason):
+def test_a_changed_layer_is_left_to_its_modules(reason, untold):
     model = random_flow(**CONFIG)
     layer, other = model.blocks[0].attn_blocks[0], model.blocks[1].attn_blocks[0]
     assert why_not_fused(layer) == ""
     CHANGES[reason](layer)
     assert why_not_fused(layer) == reason and why_not_fused(other) == ""
-    assert not takes_fused_layer(layer, torch.zeros(1, 2, 64), "triton")
+    with pytest.warns(RuntimeWarning, match=f"by its modules instead of fused kernels: {re.escape(reason)} "):
+        assert not takes_fused_layer(layer, torch.zeros(1, 2, 64), "triton")
+    assert not takes_fused_layer(layer, torch.zeros(1, 2, 64), "triton"), "told once"
 
 
 def test_hooks_on_every_module_are_honoured():
@@ -218,14 +221,24 @@ def test_hooks_on_every_module_are_honoured():
 
 
 @pytest.mark.interpreter
-def test_changed_layers_change_the_model(model, calls):
+def test_changed_layers_change_the_model(model, calls, untold):
     """One layer with an adapter and one without: both count, each in its own way."""
     layer, x = model.blocks[1].attn_blocks[0], images_for(model)
     layer.attention.qkv = Adapter(layer.attention.qkv).to(x.device)
-    z = model(x)[0]
+    with pytest.warns(RuntimeWarning, match="instead of fused kernels: attention.qkv is a Adapter"):
+        z = model(x)[0]
     assert calls["attention"] == 1
     model.backend = "torch"
     torch.testing.assert_close(z, model(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_changed_layer_is_compiled_without_a_graph_break(untold):
+    layer, h = random_flow(**CONFIG).blocks[0].attn_blocks[0], torch.randn(2, 10, 64)
+    layer.attention.qkv = Adapter(layer.attention.qkv)
+    expected = layer(h, "torch")
+    with pytest.warns(RuntimeWarning, match="instead of fused kernels: attention.qkv is a Adapter"):
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")(h, "triton")
+    torch.testing.assert_close(compiled, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_cpu_tensors_are_left_to_the_modules():

@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from flows import random_flow, random_noise
+from torch import nn
 
 from tarflow_fast import info, native, verify
+from tarflow_fast.cli import main
 
 
 def test_info_is_json_and_text():
@@ -53,3 +56,81 @@ def test_error_rule():
     assert (error > bound).tolist() == [True, True, False]  # past the range nothing is measured
     error, bound = verify.error_and_bound(off, truth, plain * (1 + 2 * eps))
     assert (error <= bound).all()
+
+
+# ---- which path a block takes ----------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """A low-rank update beside a Linear, as adapters make it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    def forward(self, h):
+        return self.base(h) + self.up(self.down(h))
+
+
+def adapted():
+    """Three blocks: an adapter in block 1, a hook in block 2."""
+    model = random_flow(num_blocks=3)
+    model.blocks[1].attn_blocks[0].attention.qkv = Adapter(model.blocks[1].attn_blocks[0].attention.qkv)
+    model.blocks[2].proj_in.register_forward_hook(lambda *_: None)
+    return model
+
+
+REASONS = ["", "attn_blocks.0.attention.qkv is a Adapter", "proj_in has hooks"]
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
+def test_blocks_left_to_pytorch_are_listed_with_the_reason(untold, monkeypatch):
+    model = adapted()
+    rows = json.loads(json.dumps(info.blocks(model)))
+    assert [row["block"] for row in rows] == [0, 1, 2]
+    assert [row["inverse"] for row in rows] == ["cpu", "torch", "torch"]
+    assert [row["inverse_reason"] for row in rows] == REASONS
+    text = info.format_blocks(model)
+    assert "  0   inverse: cpu\n" in text and f"  1   inverse: torch ({REASONS[1]})\n" in text
+    model.backend = "cpu"
+    rows = info.blocks(model)
+    assert [row["inverse"] for row in rows] == ["cpu", "none", "none"]
+    assert rows[1]["inverse_reason"] == f"block_inverse: backend 'cpu' cannot run: {REASONS[1]}"
+    model.backend = "auto"
+    model.double()
+    assert {row["inverse_reason"] for row in info.blocks(model)} == {"z is a Tensor of torch.float64"}
+    monkeypatch.setattr(native, "_load", lambda: native.NativeUnavailable("no compiler was found"))
+    with pytest.warns(RuntimeWarning, match="no compiler was found"):
+        assert {row["inverse_reason"] for row in info.blocks(model)} == {"no compiler was found"}
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
+def test_a_block_left_to_pytorch_is_told_once(untold, recwarn):
+    model = adapted()
+    for _ in range(2):
+        model.reverse(random_noise(model))
+    (warning,) = recwarn
+    assert warning.category is RuntimeWarning and str(warning.message) == (
+        f"tarflow_fast inverts block 2 on 'torch' instead of 'cpu': {REASONS[2]} "
+        "(tarflow_fast.info.blocks(model) lists every block)"
+    )
+    model.backend = "torch"
+    model.reverse(random_noise(model))
+    random_flow(dtype=torch.float64).reverse(random_noise(model, dtype=torch.float64))
+    assert len(recwarn) == 1
+    model.blocks[1].reverse(random_noise(model))
+    assert str(recwarn[1].message).startswith(f"tarflow_fast inverts a block on 'torch' instead of 'cpu': {REASONS[1]}")
+    model.backend = "cpu"
+    with pytest.raises(RuntimeError, match=f"^block_inverse: backend 'cpu' cannot run: {REASONS[2]}$"):
+        model.reverse(random_noise(model))
+
+
+def test_info_of_a_flow_on_the_command_line(untold, capsys):
+    assert main(["info", "digits"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("tarflow_fast ") and "Blocks of the flow (cpu, float32)" in text
+    assert text.count("inverse: ") == text.count("layers:  modules (not wanted for backend 'auto' on cpu tensors)") == 4
+    assert main(["info", "digits", "--json"]) == 0
+    assert [row["block"] for row in json.loads(capsys.readouterr().out)["blocks"]] == [0, 1, 2, 3]
+    assert main(["info", "nowhere"]) == 2
+    assert "from_pretrained: folder must exist, got 'nowhere'" in capsys.readouterr().err

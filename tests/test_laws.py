@@ -147,6 +147,24 @@ def test_denoise_is_a_step_along_the_score(limit):
     assert not clean.requires_grad
 
 
+@pytest.mark.parametrize("where", ["the images", "the flow", "the call"])
+def test_denoise_takes_what_inference_mode_made(where):
+    model, x, y = random_flow(num_classes=3), random_images(random_flow(), 3), torch.tensor([0, -1, 2])
+    expected = model.denoise(x, y, 0.3)
+    with torch.inference_mode():
+        if where == "the flow":
+            model = random_flow(num_classes=3)
+        if where == "the images":
+            x, y = x.clone(), y.clone()
+        if where == "the call":
+            clean = model.denoise(x, y, 0.3, batch_size=2)
+    if where != "the call":
+        clean = model.denoise(x, y, 0.3, batch_size=2)
+    torch.testing.assert_close(clean, expected, rtol=1e-6, atol=1e-6)
+    assert not clean.is_inference() and not clean.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_classify_is_bayes_rule():
     model = random_flow(dtype=torch.float64, num_classes=4)
     x = random_images(model, 6)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tarflow_fast import native
-from tarflow_fast.ops import affine, explain, registry
+from tarflow_fast.ops import affine, explain
 
 ISA = os.environ.get("TARFLOW_CPU_ISA")
 
@@ -154,15 +154,11 @@ def test_every_declared_function_exists_and_every_exported_one_is_declared():
 
 
 @pytest.fixture
-def no_library(monkeypatch):
+def no_library(monkeypatch, untold):
     monkeypatch.setattr(native, "_load", lambda: native.NativeUnavailable("the native CPU library is missing: a test"))
-    registry._warn_once.cache_clear()
-    yield
-    registry._warn_once.cache_clear()
 
 
-def test_auto_falls_back_and_warns_once(no_library, recwarn, monkeypatch):
-    monkeypatch.delenv("TARFLOW_FAST_BACKEND", raising=False)
+def test_auto_falls_back_and_warns_once(no_library, recwarn):
     x, ab = torch.randn(1, 3, 2), torch.randn(1, 3, 4)
     message = (
         r"^tarflow_fast runs on 'torch' instead of 'cpu' \(cpu tensors\): the native CPU library is missing: a test$"

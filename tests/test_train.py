@@ -53,6 +53,14 @@ def test_learning_rate(schedule, warmup):
     assert max(rates) <= 2e-3 * (1 + 1e-12) and min(rates) > 0
 
 
+def test_an_early_flow_that_overflows_is_drawn_without_a_warning(tmp_path):
+    trainer = trainer_of(tiny(tmp_path, noise_type="gaussian", noise_std=0.1))
+    with torch.no_grad():
+        trainer.ema.model.blocks[0].proj_out.bias.fill_(200.0)  # exp(200) is past float32
+    trainer.samples(tmp_path / "samples.png")  # a warning would be an error here
+    assert (tmp_path / "samples.png").stat().st_size > 0
+
+
 def test_nll_is_the_negative_log_density():
     z, logdets, var = torch.randn(3, 4, 5), torch.randn(3), torch.rand(4, 5) + 0.5
     prior = torch.distributions.Normal(torch.zeros(4, 5).double(), var.double().sqrt())

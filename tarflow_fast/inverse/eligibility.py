@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+
+from tarflow_fast.plain import FORWARD_HOOKS, global_hooks, not_plain
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
@@ -60,8 +61,8 @@ def inspect(block: MetaBlock, device: str = "cpu") -> Weights | str:
 def _inspect(block: MetaBlock, device: str) -> Weights:
     from tarflow_fast.block import MLP, Attention, AttentionBlock, MetaBlock
 
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        raise _Refused("global forward hooks are registered")
+    if global_hooks(FORWARD_HOOKS):
+        raise _Refused("every module has hooks")
     inside = _children(block, MetaBlock, "the block")
     pos_embed, layers = block.pos_embed, list(_children(inside["attn_blocks"], nn.ModuleList, "attn_blocks").values())
     if not layers:
@@ -106,12 +107,9 @@ def _inspect(block: MetaBlock, device: str) -> Weights:
 
 def _children(module: nn.Module, kind: type, name: str) -> dict[str, nn.Module]:
     """The submodules of a module that is exactly a `kind` and runs nothing else when called."""
-    if type(module) is not kind:
-        raise _Refused(f"{name} is a {type(module).__name__}")
-    state = module.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-        raise _Refused(f"{name} has hooks or a forward of its own")
-    return state["_modules"]
+    if reason := not_plain(module, kind, FORWARD_HOOKS):
+        raise _Refused(f"{name} {reason}")
+    return module._modules
 
 
 def _weight_and_bias(module: nn.Module, name: str) -> tuple[Tensor | None, Tensor | None]:

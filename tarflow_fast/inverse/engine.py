@@ -21,6 +21,7 @@ from torch import Tensor
 from tarflow_fast import native
 from tarflow_fast.inverse.eligibility import Weights, inspect
 from tarflow_fast.inverse.guidance import Guidance
+from tarflow_fast.inverse.memory import available_memory
 from tarflow_fast.inverse.plan import SPLITS, Plan, Sizes, Workspace
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Engine:
         while True:
             needed = plan_bytes + Workspace.bytes_of(sizes, group * share)
             if limit is None and needed > _UNCHECKED:
-                limit = available_memory()
+                limit = available_memory(held=sum(t.bytes for t in (self._plan, self._workspace) if t is not None))
             if limit is None or needed <= limit:
                 return group
             if group == 1:
@@ -165,18 +166,6 @@ class Engine:
                     f"{needed - plan_bytes:,}), over the limit of {limit:,}"
                 )
             group = (group + 1) // 2
-
-
-def available_memory() -> int | None:
-    """Nine tenths of the memory the kernel says is available; None where it does not say."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024 * 9 // 10
-    except OSError:
-        pass
-    return None
 
 
 def _class_rows(block: MetaBlock, y: Tensor | None, B: int, guided: bool) -> Tensor | None:

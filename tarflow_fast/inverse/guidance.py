@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tarflow_fast.dtypes import wide_dtype
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -54,8 +56,7 @@ class Guidance:
         """Per-row factor on the queries, (2B, 1, 1, 1), in float32 or wider; None where all logits keep their scale."""
         if not self.active or self.attn_temp == 1:
             return None
-        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-        scale = torch.ones(2 * B, 1, 1, 1, dtype=dtype, device=like.device)
+        scale = torch.ones(2 * B, 1, 1, 1, dtype=wide_dtype(like), device=like.device)
         scale[B:] /= self.attn_temp
         return scale
 

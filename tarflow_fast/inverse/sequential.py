@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tarflow_fast.dtypes import wide_dtype
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.inverse.workspace import KVCache
 
@@ -36,7 +37,7 @@ def invert_sequential(
     order = range(T - 1, -1, -1) if block.flip else range(T)
     classes = guidance.batch_classes(block.class_embedding(y), block.class_embedding(None), B)
     query_scale = guidance.query_scale(B, z)
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(z)
     log_det = torch.zeros(B, dtype=wide, device=z.device)
     kv_cache.restart()
 

@@ -3,17 +3,18 @@ interrupted or concurrent call leaves nothing behind."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tarflow_fast.inverse.plan import PRECISIONS
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
     from tarflow_fast.inverse.engine import Engine
     from tarflow_fast.inverse.graph import GraphWorkspace
-
-PRECISIONS = ("fp32", "bf16", "int8")
 
 
 class InverseCall:
@@ -24,6 +25,7 @@ class InverseCall:
         precision: 'fp32', 'bf16', 'int8' (native CPU engine only), or None: that of the parameters, or of autocast.
         differentiable: keep an autograd graph.
         memory_limit: bytes the native engine may take; None: most of what the machine has left.
+        blocks: those of the model, by which messages number a block.
     """
 
     def __init__(
@@ -32,16 +34,22 @@ class InverseCall:
         precision: str | None = None,
         differentiable: bool = False,
         memory_limit: int | None = None,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"reverse: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
         if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int)):
             raise TypeError(f"reverse: memory_limit must be an int (bytes) or None, got {type(memory_limit).__name__}")
         self.backend, self.precision, self.differentiable = backend, precision, differentiable
-        self.memory_limit = memory_limit
+        self.memory_limit, self.blocks = memory_limit, blocks
+        self.told = False  # whether it was said that a block is left to PyTorch
         self._kv_cache: KVCache | None = None
         self._engine: Engine | None = None
         self.graph: GraphWorkspace | None = None
+
+    def name_of(self, block: nn.Module) -> str:
+        """What a message calls the block."""
+        return next((f"block {number}" for number, each in enumerate(self.blocks) if each is block), "a block")
 
     def kv_cache(self, block: MetaBlock, z: Tensor) -> KVCache:
         """The cache of the PyTorch path."""

@@ -8,6 +8,7 @@ p(i) = i, or T-1-i when flip: x and z keep the order of the tokens, ab has the o
 import torch
 
 from tarflow_fast import native, native_cuda
+from tarflow_fast.dtypes import wide_dtype
 from tarflow_fast.ops import checks
 from tarflow_fast.ops.registry import (
     LIBRARY,
@@ -69,7 +70,7 @@ def affine(x: torch.Tensor, ab: torch.Tensor, flip: bool = False, backend: str =
 
 def affine_ref(x: torch.Tensor, ab: torch.Tensor, flip: bool = False) -> Pair:
     """The definition, in plain PyTorch; differentiable as often as one likes."""
-    compute, D = _compute_dtype(x), x.shape[2]
+    compute, D = wide_dtype(x), x.shape[2]
     b = ab[:, :-1, -D:].to(compute)
     a = ab[:, :-1, :D].to(compute) if ab.shape[2] == 2 * D else torch.zeros_like(b)
     x = x.flip(1) if flip else x
@@ -85,7 +86,7 @@ def affine_backward_ref(
 
     dx = dz exp(-a) (dz itself for the first token), db = -dx, da = -dx (x - b) - dlog_det, 0 for the last row of ab.
     """
-    compute, D = _compute_dtype(x), x.shape[2]
+    compute, D = wide_dtype(x), x.shape[2]
     g, y = dz.to(compute), x.to(compute)
     if flip:
         g, y = g.flip(1), y.flip(1)
@@ -107,7 +108,7 @@ def affine_backward_ref(
 
 
 def _empty(x: torch.Tensor, ab: torch.Tensor) -> Pair:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=_compute_dtype(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide_dtype(x))
 
 
 def _sizes(x: torch.Tensor, ab: torch.Tensor, flip: bool) -> tuple[int, ...]:
@@ -223,7 +224,7 @@ def _setup_context(ctx, inputs, output):  # noqa: ANN001, ANN202
 def _backward(ctx, dz, dlog_det):  # noqa: ANN001, ANN202
     x, ab = ctx.saved_tensors
     dz = torch.zeros_like(x) if dz is None else dz
-    dlog_det = x.new_zeros(x.shape[:1], dtype=_compute_dtype(x)) if dlog_det is None else dlog_det
+    dlog_det = x.new_zeros(x.shape[:1], dtype=wide_dtype(x)) if dlog_det is None else dlog_det
     dx, dab = torch.ops.tarflow_fast.affine_backward.default(dz, dlog_det, x, ab, ctx.flip, ctx.backend)
     return dx, dab, None, None
 
@@ -239,10 +240,6 @@ torch.library.register_autograd("tarflow_fast::affine_backward", _no_second_deri
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(x: torch.Tensor, ab: torch.Tensor, flip: bool) -> None:

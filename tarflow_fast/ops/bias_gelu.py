@@ -8,6 +8,7 @@ x is the matrix product without its bias. Backward, one pass gives dx and the su
 import torch
 from torch.nn import functional as F
 
+from tarflow_fast.dtypes import wide_dtype
 from tarflow_fast.ops import checks
 from tarflow_fast.ops.registry import LIBRARY, Backend, Op, choose, register, triton_missing, triton_refuses
 
@@ -43,7 +44,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, backend: str = "auto") -> tor
 
 def bias_gelu_ref(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The definition, in plain PyTorch."""
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = wide_dtype(x)
     return F.gelu(x.to(compute) + bias.to(compute)).to(x.dtype).contiguous()
 
 

@@ -8,6 +8,7 @@ dresidual is dout itself; one pass over it gives dx, in x's dtype, and the sum o
 
 import torch
 
+from tarflow_fast.dtypes import wide_dtype
 from tarflow_fast.ops import checks
 from tarflow_fast.ops.registry import LIBRARY, Backend, Op, choose, register, triton_missing, triton_refuses
 
@@ -44,7 +45,7 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, b
 
 def bias_residual_ref(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """The definition, in plain PyTorch."""
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = wide_dtype(x)
     return (residual.to(compute) + (x.to(compute) + bias.to(compute))).to(residual.dtype).contiguous()
 
 

@@ -12,9 +12,8 @@ backend "torch"  one token after another through the block's own modules, any de
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,18 +27,19 @@ from tarflow_fast.inverse.workspace import InverseCall
 from tarflow_fast.ops.registry import (
     Backend,
     Op,
-    _warn_once,
+    asked_for,
     cpu_refuses,
     register,
     triton_missing,
     triton_refuses,
     under_transform,
+    warn_once,
 )
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
 
-__all__ = ["block_inverse"]
+__all__ = ["Path", "block_inverse", "find_path"]
 
 OnToken = Callable[[], None] | None
 
@@ -70,32 +70,64 @@ def block_inverse(
         raise ValueError(f"block_inverse: z must have shape (B, {T}, {D}), got {tuple(z.shape)}")
     if y is not None and y.shape != z.shape[:1]:
         raise ValueError(f"block_inverse: y must have shape ({len(z)},), one label a row, got {tuple(y.shape)}")
-    asked = call.backend
-    chosen, reason = _OP.resolve(asked, z.device, z.dtype), "it was not chosen"
-    if chosen is _OP.backends["cpu"]:
-        reason = call_reason(z, call)
-        weights = reason or inspect(block)
-        if not isinstance(weights, str):
-            return _invert_cpu(block, z, y, guidance, call, on_token, weights)
-        reason = weights
-        if _named("cpu", asked):
-            raise RuntimeError(f"block_inverse: backend 'cpu' cannot run: {reason}")
-    elif chosen is _OP.backends["triton"]:
-        objection = call_reason(z, call) or why_not_graph(block, z, call.precision)
-        if objection and _named("triton", asked):
-            raise RuntimeError(f"block_inverse: backend 'triton' cannot run: {objection}")
-        if not objection:
-            try:
-                call.graph = prepare_graph(block, z, guidance, call.graph, call.precision)
-            except Exception as error:  # Triton's compiler and the driver raise what they like
-                if _named("triton", asked):
-                    raise
-                _warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
-            else:
-                return _invert_triton(block, z, y, guidance, call, on_token)
+    path = find_path(block, z, call)
+    if path.backend == "cpu":
+        return _invert_cpu(block, z, y, guidance, call, on_token, path.weights)
+    if path.backend == "triton":
+        try:
+            call.graph = prepare_graph(block, z, guidance, call.graph, call.precision)
+        except Exception as error:  # Triton's compiler and the driver raise what they like
+            if asked_for(call.backend) == "triton":
+                raise
+            warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
+        else:
+            return _invert_triton(block, z, y, guidance, call, on_token)
     if call.precision not in (None, _torch_precision(block, z)):
+        reason = path.reason or "it was not chosen"
         raise RuntimeError(f"block_inverse: precision {call.precision!r} needs the native CPU engine: {reason}")
+    if path.aside and not call.told:
+        call.told = True  # one block is named; the others, for the same reason or another, are in `info.blocks`
+        warn_once(
+            f"tarflow_fast inverts {call.name_of(block)} on 'torch' instead of {path.first!r}: {path.reason} "
+            "(tarflow_fast.info.blocks(model) lists every block)"
+        )
     return _invert_torch(block, z, y, guidance, call, on_token)
+
+
+class Path(NamedTuple):
+    """How one block is inverted in one call.
+
+    backend: "torch", "cpu" or "triton".  first: the backend the op's table chose, and reason: why it cannot take this
+    block in this call, "" when it does.  aside: that the reason lies in the block itself.  weights: for the engine.
+    """
+
+    backend: str
+    first: str
+    reason: str = ""
+    aside: bool = False
+    weights: Weights | None = None
+
+
+def find_path(block: MetaBlock, z: Tensor, call: InverseCall) -> Path:
+    """The path `block_inverse` takes for such arguments; of z only type, dtype, layout and device are looked at.
+
+    Raises:
+        RuntimeError: the backend asked for by name cannot run; the reason is named.
+    """
+    first = _OP.resolve_name(call.backend, z.device, z.dtype)
+    if first == "torch":
+        return Path(first, first)
+    objection = call_reason(z, call)
+    if not objection:
+        found = inspect(block) if first == "cpu" else why_not_graph(block, z, call.precision)
+        if isinstance(found, Weights):
+            return Path(first, first, weights=found)
+        if not found:
+            return Path(first, first)
+    reason = objection or found
+    if asked_for(call.backend) == first:
+        raise RuntimeError(f"block_inverse: backend {first!r} cannot run: {reason}")
+    return Path("torch", first, reason, aside=not objection)
 
 
 def call_reason(z: Tensor, call: InverseCall) -> str:
@@ -107,10 +139,6 @@ def call_reason(z: Tensor, call: InverseCall) -> str:
     if type(z) is not Tensor or z.layout != torch.strided or z.dtype not in DTYPES:
         return f"z is a {type(z).__name__} of {z.dtype}"
     return ""
-
-
-def _named(backend: str, asked: str) -> bool:
-    return backend == (os.environ.get("TARFLOW_FAST_BACKEND") or "auto" if asked == "auto" else asked)
 
 
 def _torch_precision(block: MetaBlock, z: Tensor) -> str:

@@ -9,6 +9,7 @@ Linear multiplies comes out, rounded once.
 import torch
 from torch.nn import functional as F
 
+from tarflow_fast.dtypes import wide_dtype
 from tarflow_fast.ops import checks
 from tarflow_fast.ops.registry import LIBRARY, Backend, Op, choose, register, triton_missing, triton_refuses
 
@@ -58,7 +59,7 @@ def layer_norm_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """The definition, by PyTorch's own LayerNorm."""
-    compute = _compute_dtype(x)
+    compute = wide_dtype(x)
     out = F.layer_norm(x.to(compute), x.shape[-1:], weight.to(compute), bias.to(compute), eps)
     return out.to(dtype or x.dtype).contiguous()
 
@@ -68,7 +69,7 @@ def layer_norm_ref(
 
 def _empty(x: torch.Tensor, dtype: torch.dtype) -> Tensors:
     """(out, mean, rstd), what a forward returns."""
-    statistics = x.new_empty(x.shape[:-1], dtype=_compute_dtype(x))
+    statistics = x.new_empty(x.shape[:-1], dtype=wide_dtype(x))
     return x.new_empty(x.shape, dtype=dtype), statistics, torch.empty_like(statistics)
 
 
@@ -175,10 +176,6 @@ torch.library.register_autograd("tarflow_fast::layer_norm_backward", _no_second_
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype) -> None:

@@ -1,0 +1,69 @@
+"""How many bytes an inverse may take: what the machine has left, and what the control groups of the process allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+__all__ = ["available_memory"]
+
+# of a control group: its limit, what it uses, and which part of that the kernel would give back first
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+V2 = "memory.max", "memory.current", "inactive_file"
+
+
+def available_memory(held: int = 0, root: Path = Path("/")) -> int | None:
+    """Nine tenths of the bytes left to this process, and all of those it holds already; None where nothing tells.
+
+    Left is the least of what the kernel calls available and, for the process's control group (version 1 or 2, as
+    containers and batch systems set them) and each above it, limit - usage, where file cache that was not used of late
+    does not count as usage.
+
+    Args:
+        held: bytes the caller has already, to be used again or given back before more is taken.
+        root: where /proc and /sys lie.
+    """
+    left = [*_available(root), *_left_in_groups(root)]
+    return min(left) * 9 // 10 + held if left else None
+
+
+def _available(root: Path) -> Iterator[int]:
+    for name, value in _table(root / "proc/meminfo"):
+        if name == "MemAvailable:":
+            yield value * 1024
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", V2
+        elif "memory" in controllers.split(","):
+            base, names = root / "sys/fs/cgroup/memory", V1
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        # In a container the path may be the host's, which is not to be seen there: then the root is the group.
+        for above in (group, *group.parents) if ".." not in group.parts else (PurePosixPath(),):
+            yield from _left(base / above, *names)
+
+
+def _left(folder: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
+    most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+    if most.isdigit() and used.isdigit():  # no limit is "max"
+        cache = dict(_table(folder / "memory.stat")).get(reclaimable, 0)
+        yield max(0, int(most) - max(0, int(used) - cache))
+
+
+def _table(path: Path) -> Iterator[tuple[str, int]]:
+    for line in _read(path).splitlines():
+        name, *values = line.split()
+        if values and values[0].isdigit():
+            yield name, int(values[0])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,92 @@
+"""Results that are not finite: never hidden; counted, named, and raised or returned as the caller chose."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tarflow_fast.validate import quiet_stream
+
+if TYPE_CHECKING:
+    from tarflow_fast.block import MetaBlock
+
+__all__ = ["NonFinite", "NonFiniteError", "bad_rows", "first_overflow"]
+
+POLICIES = ("warn", "raise", "ignore")
+
+
+class NonFiniteError(ArithmeticError):
+    """A result overflowed: the message counts the rows and names the first, where it is known with block and token."""
+
+
+class NonFinite:
+    """What is not finite in the result of one request, looked at part by part:
+
+        if found.in_part(part):
+            found.at("row 3, ...")
+        found.warn()
+
+    Args:
+        where: the function called.
+        policy: 'warn' (once, by `warn`), 'raise' NonFiniteError (at the first such part), or 'ignore'.
+        rows: of the whole request.
+
+    Raises:
+        ValueError: another policy.
+    """
+
+    def __init__(self, where: str, policy: str, rows: int) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"{where}: nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}")
+        self.where, self.policy, self.rows = where, policy, rows
+        self.seen, self.count, self.place = 0, 0, ""
+
+    def in_part(self, part: Tensor) -> bool:
+        """Whether the next rows, `part` (B, ...), are not all finite; those that are not are counted."""
+        self.seen += len(part)
+        if self.policy == "ignore" or not quiet_stream(part):
+            return False
+        bad = int(bad_rows(part).sum())
+        self.count += bad
+        return bad > 0
+
+    def at(self, place: str) -> None:
+        """Where the first of the part is; the first of all is told."""
+        self.place = self.place or place
+        if self.policy == "raise":
+            raise NonFiniteError(self._message())
+
+    def warn(self) -> None:
+        """Warn, if anything was found; called by the function the user called."""
+        if self.count:
+            warnings.warn(self._message(), RuntimeWarning, stacklevel=3)
+
+    def _message(self) -> str:
+        rows = f"{self.rows} rows" if self.seen == self.rows else f"the first {self.seen} of {self.rows} rows"
+        change = "nonfinite='raise' or 'ignore' changes this warning"
+        return f"{self.where}: {self.count} of {rows} are not finite, {self.place} ({change})"
+
+
+def bad_rows(part: Tensor) -> Tensor:
+    """(B,) bool: which rows of (B, ...) hold NaN or infinity."""
+    return ~torch.isfinite(part).flatten(1).all(dim=1)
+
+
+def first_overflow(stages: Sequence[Tensor], blocks: Sequence[MetaBlock], begin: int = 0) -> str:
+    """Where an inverse overflowed first.
+
+    stages: the noise, then the tokens (B, T, D) after each of `blocks` was inverted, the last block first.
+    begin: the number of row 0 in the request.
+    """
+    number, bad = next((k, b) for k, s in enumerate(stages) if (b := ~torch.isfinite(s).all(dim=2)).any())
+    row = int(bad.any(dim=1).nonzero()[0])
+    tokens = bad[row].nonzero()[:, 0].tolist()
+    if number == 0:
+        place, token = "in the noise given", tokens[0]
+    else:  # the first in the order in which the block solved them
+        place, token = f"first in block {len(blocks) - number}", tokens[-1 if blocks[-number].flip else 0]
+    return f"{place}, row {begin + row}, token {token}; the flow overflows there, lower guidance helps"
