@@ -86,7 +86,9 @@ def block_inverse(
             raise RuntimeError(f"block_inverse: backend 'triton' cannot run: {objection}")
         if not objection:
             try:
-                call.graph = prepare_graph(block, z, guidance, call.graph, call.precision)
+                call.graph = prepare_graph(block, z, guidance, call.graph, call.precision, call.memory_limit)
+            except MemoryError:  # PyTorch would need no less
+                raise
             except Exception as error:  # Triton's compiler and the driver raise what they like
                 if _named("triton", asked):
                     raise
