@@ -1,4 +1,4 @@
-"""The GPU inverse within a memory limit: parts of a batch with the bits of the whole, and a refusal that names bytes."""
+"""The GPU inverse within a memory limit: parts of a batch with the bits of the whole, or a refusal naming the bytes."""
 
 import dataclasses
 import sys
