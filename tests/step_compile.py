@@ -152,11 +152,11 @@ def main():
                 compiled = build(launch[0], launch[2], launch[3], arch)
                 with TemporaryDirectory() as folder:
                     used = resources(compiled, folder)
-                wide = wide_loads(compiled)
+                sizes, made_of = wide_loads(compiled), "+".join(sorted(products(compiled))) or "-"
                 print(
                     f"{arch} {str(dtype).removeprefix('torch.')} | {model} {describe(launch)} | {used['REG']} | "
                     f"{compiled.metadata.shared} | {used['STACK'] + used['LOCAL']} | "
-                    f"{'+'.join(sorted(products(compiled))) or '-'} | {sum(size == 16 for size in wide)} of {len(wide)}",
+                    f"{made_of} | {sizes.count(16)} of {len(sizes)}",
                     flush=True,
                 )
 

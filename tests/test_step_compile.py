@@ -1,4 +1,4 @@
-"""Every kernel of a sampling step compiles for sm_80 and sm_90 without a GPU, in every specialization that the published
+"""Every kernel of a sampling step compiles for sm_80 and sm_90 without a GPU, in every specialization that published
 models launch at B 1 to 128, guided or not: no spills, room for two programs, tensor cores, 16-byte loads.
 """
 
