@@ -96,17 +96,20 @@ def test_linear(epilogue, dtype, device):  # noqa: F811
     check(run)
 
 
-def test_linear_of_few_queries_has_one_configuration(dtype, device):  # noqa: F811
-    """Up to 16 queries the tiles are the same by themselves."""
+@pytest.mark.parametrize("epilogue", ["residual", "gelu"])
+def test_linear_of_few_queries_has_one_configuration(epilogue, dtype, device):  # noqa: F811
+    """Up to 16 queries the tiles are the same by themselves, and so are the bits."""
     from tarflow_fast.kernels.triton import tuning_step
     from tarflow_fast.kernels.triton.step_linear import linear
 
+    normal = (draw(256, device=device), draw(256, device=device), 1e-5) if epilogue == "gelu" else None
     weight, bias = draw(C, 256, device=device, dtype=dtype, scale=1 / 16), draw(C, device=device)
-    x, stream = draw(MANY, 256, device=device, dtype=dtype), draw(MANY, C, device=device)
+    x, stream = draw(MANY, 256, device=device), draw(MANY, C, device=device)
+    x, stream = (x, stream.to(dtype)) if normal else (x.to(dtype), stream)
 
     def run(rows):
         out = stream[rows].clone()
-        linear(x[rows], weight, bias, out, scratch(len(rows), dtype, device), "residual")
+        linear(x[rows], weight, bias, out, scratch(len(rows), dtype, device), epilogue, normal)
         return out
 
     expected = run([ROW])

@@ -220,7 +220,11 @@ class GraphWorkspace:
             # A stream of the workspace's GPU: the one PyTorch keeps for captures is of the GPU that came first.
             with on(self.x.device):
                 graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.x.device)
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                # The outer context puts the current stream back even where a capture that failed does not.
+                with (
+                    torch.cuda.stream(stream),
+                    torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                ):
                     self.step()
         except RuntimeError as error:
             self.capture = False
