@@ -4,14 +4,18 @@ python bench/gpu.py [--seconds 480] [--out bench/results/<gpu>]
 python bench/gpu.py --dry-run      the same script on the CPU through Triton's interpreter, tiny shapes: proves it runs
 
 Needs torch, triton, numpy, pytest and safetensors; no install, no network. Everything is saved as it comes: gpu.csv (a
-row a measurement), gpu.json (machine, clocks, checks), gpu.md (both, to read). Exit code 0: every check held; 1: not;
-2: there is no GPU.
+row a measurement), gpu.json (machine, clocks, checks), gpu.md (both, to read). Exit code 0: every check was made and
+held; 1: not; 2: there is no GPU.
 """
 
 import argparse
+import functools
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
+from typing import NamedTuple
 
 
 def main():
@@ -39,16 +43,8 @@ def main():
     record.facts["clocks_before"] = clocks()
     record.peaks = timer.peaks()
     print(f"{name}: {record.peaks['bytes'] / 1e12:.2f} TB/s copied, {record.peaks['flops'] / 1e12:.0f} TFLOP/s")
-    for what, needs, work in plan(timer, record, budget, arguments.dry_run):
-        if budget.left() < needs:
-            record.skip(what, f"{budget.left():.0f} s left, about {needs} s needed")
-            continue
-        print(f"{budget.spent():5.0f} s  {what}", flush=True)
-        try:
-            work()
-        except Exception as error:  # the next piece may still run, and a piece that cannot is a failed check
-            traceback.print_exc()
-            record.check(what, False, f"{type(error).__name__}: {error}".splitlines()[0])
+    for piece in plan(timer, record, budget, arguments.dry_run):
+        run(piece, record, budget)
         if timer.cuda:
             torch.cuda.empty_cache()
     record.facts["clocks_after"], record.facts["seconds"] = clocks(), round(budget.spent())
@@ -60,89 +56,133 @@ def main():
     return 0 if record.ok else 1
 
 
+class Piece(NamedTuple):
+    """A part of the run. kind: "check", which must be done and hold; "time" of ours, which must not fail, but may be
+    left out; "peer", which may do either."""
+
+    kind: str
+    what: str
+    seconds: float  # about
+    work: Callable[[], object]
+
+
+class TooLong(BaseException):
+    """No Exception, so that what is interrupted does not take it for one of its own."""
+
+
+def run(piece, record, budget):
+    """One piece, for three times what it should take at most: the rest must have its turn."""
+    limit = min(max(3 * piece.seconds, 40), budget.left())
+    if budget.left() < piece.seconds:
+        _not_done(piece, record, f"{budget.left():.0f} s left, about {piece.seconds} s needed")
+        return
+    print(f"{budget.spent():5.0f} s  {piece.what}", flush=True)
+    before = signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        piece.work()
+    except TooLong:
+        _not_done(piece, record, f"not done after {limit:.0f} s")
+    except Exception as error:  # the next piece may still run, and a piece of ours that cannot is a failed check
+        traceback.print_exc()
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        if piece.kind == "peer":
+            record.skip(piece.what, said)
+        else:
+            record.check(piece.what, False, said)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _stop(*_):
+    raise TooLong
+
+
+def _not_done(piece, record, why):
+    if piece.kind == "check":
+        record.check(piece.what, False, why)
+    else:
+        record.skip(piece.what, why)
+
+
 def plan(timer, record, budget, tiny):
-    """(what, seconds it needs, work), most important first."""
+    """The pieces, most important first."""
     import gpu_checks
     import torch
     from gpu_inverse import Inverse, whole_sample
-    from gpu_kernels import attention, step_kernels
+    from gpu_kernels import attention, density, step_kernels
     from gpu_training import training
 
     dtype = torch.float32 if tiny else torch.bfloat16
     dtypes = [torch.float32] if tiny else [torch.bfloat16, torch.float16, torch.float32]
     device, models = timer.device, ["afhq256"] if tiny else ["afhq256", "imagenet64", "imagenet128"]
-    made = {}
 
+    @functools.cache
     def inverse(model):
-        if model not in made:
-            made.clear()  # one block's weights and cache at a time
-            made[model] = Inverse(model, timer, record, dtype, tiny)
-        return made[model]
+        return Inverse(model, timer, record, dtype, tiny)
 
     def blocks(model, batches, runs=1 if tiny else 3):
         return lambda: [inverse(model).measure(B, guided, runs) for B, guided in batches]
 
-    yield "laws of a whole model", 5, lambda: gpu_checks.laws(record, device, dtypes, tiny)
+    def whole(model, B, guided):
+        what = f"whole sample {model} B = {B}{' guided' if guided else ''}"
+        return what, lambda: whole_sample(model, timer, record, dtype, B, guided, tiny)
+
+    def on(model, method, *more):
+        return lambda: getattr(inverse(model), method)(*more)
+
+    yield Piece("check", "laws of a whole model", 30, lambda: gpu_checks.laws(record, device, dtypes, tiny))
     for kind in dtypes[:2]:
-        yield (
-            f"equal bits {kind}",
-            5,
-            lambda kind=kind: gpu_checks.equal_bits(record, device, kind, 2 if tiny else 1000, tiny),
-        )
+        work = functools.partial(gpu_checks.equal_bits, record, device, kind, 2 if tiny else 1000, tiny)
+        yield Piece("check", f"equal bits {kind}", 30, work)
     if not tiny:
-        yield "CUDA C++", 25, lambda: gpu_checks.cuda_library(record, device)
-        yield "ops against float64", 5, lambda: gpu_checks.run_verify(record, "cuda")
+        yield Piece("check", "CUDA C++", 40, lambda: gpu_checks.cuda_library(record, device))
+        yield Piece("check", "ops against float64", 20, lambda: gpu_checks.run_verify(record, "cuda"))
     for model in models:
         for guided in (True,) if tiny else (False, True):
-            yield f"{model} against float64", 5, lambda m=model, g=guided: inverse(m).check(g)
+            what = f"{model} against float64{' guided' if guided else ''}"
+            yield Piece("check", what, 8, on(model, "check", guided))
         if not tiny:
-            yield f"{model}, one image", 5, blocks(model, [(1, False)], 5)
+            yield Piece("time", f"{model}, one image", 8, blocks(model, [(1, False)], 5))
+    for case in [("afhq256", 1, True)] if tiny else [("afhq256", 1, False), ("imagenet64", 32, True)]:
+        what, work = whole(*case)
+        yield Piece("time", what, 12, work)
     if not tiny:
-        yield "the project's tests on this GPU", 30, lambda: gpu_checks.run_tests(record, min(150, budget.left() - 200))
-    small = [(1, True)] if tiny else [(1, True), (16, False), (16, True), (128, True)]
-    rest = [] if tiny else [(4, False), (4, True), (64, False), (64, True), (128, False)]
+        yield Piece("check", "the project's tests on this GPU", 60, lambda: gpu_checks.run_tests(record, budget))
     for model in models:
-        yield f"{model}, blocks", 15, blocks(model, small)
-    whole = [("afhq256", 1, True)] if tiny else [("afhq256", 1, False), ("imagenet64", 32, True)]
-    for model, B, guided in whole:
-        yield (
-            f"whole sample {model} B = {B}",
-            10,
-            lambda a=(model, B, guided): whole_sample(a[0], timer, record, dtype, *a[1:], tiny),
-        )
+        pairs = [(1, True)] if tiny else [(1, True), (16, False), (16, True), (128, True)]
+        yield Piece("time", f"{model}, blocks", 30, blocks(model, pairs))
     for B, guided in [(1, False)] if tiny else [(1, False), (16, True), (128, True)]:
-        yield f"kernels B = {B}", 8, lambda B=B, g=guided: step_kernels("afhq256", timer, record, dtype, B, g, tiny)
+        work = functools.partial(lambda B, guided: step_kernels(inverse("afhq256"), B, guided), B, guided)
+        yield Piece("time", f"kernels B = {B}", 12, work)
     for T in (16,) if tiny else (1024, 256, 2048):
-        yield f"attention T = {T}", 5, lambda T=T: attention(timer, record, dtype, T, tiny)
-    variants = ["ours", "reference"]
-    yield "training", 15, lambda: training("imagenet64", timer, record, dtype, 1 if tiny else 8, variants, tiny)
+        yield Piece("time", f"attention T = {T}", 8, functools.partial(attention, timer, record, dtype, T, tiny))
+    yield Piece("time", "kernels of training", 15, lambda: density(timer, record, dtype, tiny))
+    variants, size = ["ours", "reference"], 1 if tiny else 8
+    work = functools.partial(training, "imagenet64", timer, record, dtype, size, variants, tiny)
+    yield Piece("time", "training", 20, work)
     for B, guided in [(1, True)] if tiny else [(1, False), (16, True), (128, True)]:
-        yield f"published step B = {B}", 5, lambda B=B, g=guided: inverse("afhq256").published(B, g)
-        yield (
-            f"graph of PyTorch B = {B}",
-            10,
-            lambda B=B, g=guided: inverse("afhq256").graphed(B, g, False, 1 if tiny else 2),
-        )
+        yield Piece("peer", f"published step B = {B}", 6, on("afhq256", "published", B, guided))
+        work = on("afhq256", "graphed", B, guided, False, 1 if tiny else 2)
+        yield Piece("peer", f"graph of PyTorch B = {B}", 10, work)
     if not tiny:
-        yield "compiled graph of PyTorch", 40, lambda: [inverse("afhq256").graphed(B, False, True, 2) for B in (1, 16)]
-        yield (
-            "training, torch.compile",
-            60,
-            lambda: training("imagenet64", timer, record, dtype, 8, ["ours", "reference, torch.compile"]),
-        )
-    for model in models:
-        if rest:
-            yield f"{model}, more blocks", 20, blocks(model, rest, 2)
-    yield "improved PyTorch", 10, lambda: inverse("afhq256").improved(1, False)
+        variants = ["ours", "reference, torch.compile"]
+        work = functools.partial(training, "imagenet64", timer, record, dtype, 8, variants)
+        yield Piece("peer", "training, torch.compile", 60, work)
+        for B in (1, 16):
+            work = on("afhq256", "graphed", B, False, True, 2)
+            yield Piece("peer", f"compiled graph of PyTorch B = {B}", 45, work)
+        for model in models:
+            pairs = [(4, False), (4, True), (64, False), (64, True), (128, False)]
+            yield Piece("time", f"{model}, more blocks", 25, blocks(model, pairs, 2))
+    yield Piece("peer", "improved PyTorch", 10, on("afhq256", "improved", 1, False))
     if not tiny:
         for model in models:
             for B, guided in ((1, True), (16, False), (16, True), (128, False), (128, True)):
-                yield (
-                    f"whole sample {model} B = {B}",
-                    25,
-                    lambda a=(model, B, guided): whole_sample(a[0], timer, record, dtype, *a[1:]),
-                )
-        yield "compute-sanitizer", 40, lambda: gpu_checks.sanitize(record, min(60, budget.left() - 5))
+                what, work = whole(model, B, guided)
+                yield Piece("time", what, 25, work)
+        yield Piece("peer", "compute-sanitizer", 40, lambda: gpu_checks.sanitize(record, min(60, budget.left() - 5)))
 
 
 if __name__ == "__main__":

@@ -23,33 +23,42 @@ from tarflow_fast.verify import error_and_bound, run
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_tests(record, seconds):
-    """Every test the interpreter runs on the CPU, in bf16, fp16 and fp32 on the GPU: a process a file, side by side."""
-    marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.interpreter\n" in path.read_text()]
+def run_tests(record, budget):
+    """Every test the interpreter runs on the CPU, in bf16, fp16 and fp32 on the GPU.
+
+    Nearly all the time is compilation, so the tests are dealt out to as many processes as there are cores.
+    """
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.interpreter\n" in path.read_text()]
+    end = time.monotonic() + min(160, budget.left() - 100)
     folders = os.pathsep.join(str(ROOT / name) for name in ("bench", "tests", "."))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_INTERP", "TARFLOW"))}
     environment |= {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
 
-    def one(path):
+    def pytest(*arguments):
         command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter", "--device", "cuda", "-p", "gpu_bare"]
-        command += ["-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
+        command += ["-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(seconds, 10)
-            )
-        except subprocess.TimeoutExpired:
-            return path, None, ""
-        return path, done.returncode, done.stdout + done.stderr
+            left = max(end - time.monotonic(), 5)
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired as error:
+            return None, str(error.stdout or "")
+        return done.returncode, done.stdout + done.stderr
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, status, output in pool.map(one, marked):
-            if status is None:
-                record.check(f"tests/{path.name} on the GPU", False, f"not done after {seconds:.0f} s")
-                continue
-            (record.folder / f"{path.stem}.log").write_text(output[-20000:])
+    _, listed = pytest("--collect-only", *map(str, files))
+    names = [line for line in listed.splitlines() if "::" in line and not line.startswith(("ERROR", "FAILED"))]
+    record.check("the tests are found", len(names) > 100, f"{len(names)} of {len(files)} files")
+    count = min(14, os.cpu_count() or 1, max(len(names), 1))
+    with ThreadPoolExecutor(count) as pool:
+        parts = pool.map(lambda number: pytest("-rfE", *names[number::count]), range(count))
+        for number, (status, output) in enumerate(parts):
+            what = f"the project's tests on the GPU, part {number + 1} of {count}"
+            (record.folder / f"tests-{number + 1}.log").write_text(output[-20000:])
             last = output.strip().splitlines()[-1] if output.strip() else "no output"
-            # 5: nothing was collected, which is a fault here; skipped tests are named in the log
-            record.check(f"tests/{path.name} on the GPU", status == 0 and re.search(r"\d+ passed", last), last)
+            if status is None:
+                record.check(what, False, "not done in time")
+                continue
+            failed = " ".join(re.findall(r"^(?:FAILED|ERROR) \S*::(\S+)", output, re.MULTILINE)[:5])
+            record.check(what, status == 0 and re.search(r"\d+ passed", last), f"{last} {failed}".strip())
 
 
 def run_verify(record, device):
@@ -130,18 +139,32 @@ def laws(record, device, dtypes, tiny=False):
 
 
 def equal_bits(record, device, dtype, runs, tiny=False):
-    """The same inverse again and again: programs race differently every time, the bits must not show it."""
-    model = random_flow(channels=64, img_size=4 if tiny else 8, layers_per_block=1 if tiny else 2).to(device)
+    """The same inverse again and again: programs race differently every time, the bits must not show it.
+
+    Of the published width, so that linear layers are split over programs, and of tokens enough to split attention.
+    """
+    size = {"channels": 64, "img_size": 4} if tiny else {"channels": 768, "img_size": 28, "layers_per_block": 2}
+    model = random_flow(**size).to(device)
     block, z = model.blocks[0], random_noise(model, 3).to(device)
     guidance = Guidance(0.0 if tiny else 1.0, attn_temp=0.7)
     workspace = GraphWorkspace(block, 3, guidance.active, dtype)
     workspace.prepare()
     first, log_det = invert_graph(block, z, None, guidance, workspace)
+    if torch.device(device).type == "cuda":
+        record.check(f"a CUDA graph was captured, {dtype}", workspace.graph is not None)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            invert_graph(block, z, None, guidance, workspace)
+            record.check(f"the host waits for nothing inside a block, {dtype}", True)
+        except RuntimeError as error:
+            record.check(f"the host waits for nothing inside a block, {dtype}", False, str(error).splitlines()[0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     begun, different = time.monotonic(), torch.zeros((), dtype=torch.long, device=device)
     for done in range(1, runs):
         x, its_log_det = invert_graph(block, z, None, guidance, workspace)
         different += (x.view(torch.int32) != first.view(torch.int32)).any() | (its_log_det != log_det).any()
-        if done % 50 == 0 and time.monotonic() - begun > 60:
+        if done % 50 == 0 and time.monotonic() - begun > 60:  # the check's name says how many it were
             break
     how = "a CUDA graph" if workspace.graph is not None else "no graph"
     record.check(f"equal bits {done + 1} times, {dtype}", int(different) == 0, f"{how}; {int(different)} differ")

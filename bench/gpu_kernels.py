@@ -5,7 +5,6 @@ holds, so every run reads memory, as in use.
 """
 
 import torch
-from gpu_inverse import Inverse
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -14,20 +13,20 @@ from tarflow_fast.inverse.graph import GraphWorkspace
 RUNS, WARM = 7, 2
 
 
-def step_kernels(name, timer, record, dtype, B, guided, tiny=False):
-    """One row a kernel and variant, per layer."""
+def step_kernels(inverse, B, guided):
+    """One row a kernel and variant, per layer. inverse: gpu_inverse.Inverse, whose block is taken."""
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
     from tarflow_fast.kernels.triton.step_embed import embed
     from tarflow_fast.kernels.triton.step_linear import linear
 
-    inverse = Inverse(name, timer, record, dtype, tiny)
+    timer, record, dtype, tiny = inverse.timer, inverse.record, inverse.dtype, not inverse.timer.cuda
     z, guidance = inverse.noise(B, guided)
     ws = GraphWorkspace(inverse.block, B, guided, dtype, capture=False)
     ws.load(inverse.block, z, None, guidance)
     T, size, L = ws.T, torch.finfo(dtype).bits // 8, len(ws.eps)
     R, C = ws.h.shape
-    about = {"model": name, "B": B, "guided": guided, "dtype": inverse.about["dtype"]}
+    about = inverse.about | {"B": B, "guided": guided}
     w = ws.weights
 
     def of(layer, part):
@@ -137,16 +136,76 @@ def attention(timer, record, dtype, T, tiny=False):
     kinds = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}
     variants |= {name: sdpa(kind) for name, kind in ({"SDPA": SDPBackend.MATH} if tiny else kinds).items()}
     flops = 2 * B * H * T * T * E  # two products, half of them masked
-    about = {"B": B, "dtype": str(dtype).removeprefix("torch."), "note": f"T={T} H={H} E={E}"}
+    note = f"T={T} H={H} E={E}"
     for variant, forward in variants.items():
         try:
-            times = timer.milliseconds(forward, RUNS, WARM)
-            record.row("attention", "forward", variant, times, flops=flops, **about)
-
-            def both(forward=forward):
-                return torch.autograd.grad(forward(), tensors, pull)
-
-            times = timer.milliseconds(both, RUNS, WARM)
-            record.row("attention", "forward+backward", variant, times, flops=3.5 * flops, **about)
+            forward_and_backward("attention", "", variant, timer, record, dtype, forward, tensors, pull, note,
+                                 (flops, 3.5 * flops), "flops", B=B)  # fmt: skip
         except RuntimeError as error:
+            if variant == "ours":
+                raise
             record.skip(f"causal attention, {variant}, T = {T}", str(error).splitlines()[0])
+
+
+def forward_and_backward(
+    section, name, variant, timer, record, dtype, forward, leaves, pull, note, work, unit, **about
+):
+    """Two rows. As CUDA graphs: a kernel of 0.1 ms takes less time than Python to launch it.
+
+    work: (of forward, of both), in `unit`: "flops" or "moved".
+    """
+
+    def both():
+        return torch.autograd.grad(forward(), leaves, pull)
+
+    for what, run, amount in (("forward", forward, work[0]), ("forward+backward", both, work[1])):
+        run()  # an error here is one of the variant, not of the capture
+        said = note
+        try:
+            launch = timer.graph(run)
+        except RuntimeError as error:
+            launch, said = run, f"{note}, launched from Python: {str(error).splitlines()[0][:60]}"
+        times = timer.milliseconds(launch, RUNS if timer.cuda else 1, WARM if timer.cuda else 0)
+        about |= {"dtype": str(dtype).removeprefix("torch."), "note": said, unit: amount}
+        record.row(section, f"{name} {what}".strip(), variant, times, **about)
+
+
+def density(timer, record, dtype, tiny=False):
+    """The ops between the matrix products of training, 16k tokens: ours against PyTorch's."""
+    from tarflow_fast import ops
+    from tarflow_fast.ops.registry import OPS
+
+    rows, C, D = (8, 64, 12) if tiny else (16384, 768, 192)
+    device, size = timer.device, torch.finfo(dtype).bits // 8
+
+    def leaf(*shape, kind=torch.float32):
+        return torch.randn(*shape, device=device, dtype=kind, requires_grad=True)
+
+    h, gain, shift, wide_shift = leaf(rows, C), leaf(C), leaf(C), leaf(4 * C)
+    x, wide = leaf(rows, C, kind=dtype), leaf(rows, 4 * C, kind=dtype)
+    tokens, ab = leaf(max(rows // 1024, 1), min(rows, 1024), D), leaf(max(rows // 1024, 1), min(rows, 1024), 2 * D)
+    cases = {  # op: (of a backend, leaves, bytes an element read and written forward, and backward, elements)
+        "layer_norm": (
+            lambda b: ops.layer_norm(h, gain, shift, 1e-5, dtype, b),
+            [h, gain, shift], 4 + size, size + 8, h.numel(),
+        ),
+        "bias_gelu": (
+            lambda b: ops.bias_gelu(wide, wide_shift, b),
+            [wide, wide_shift], 2 * size, 3 * size, wide.numel(),
+        ),
+        "bias_residual": (
+            lambda b: ops.bias_residual(x, shift, h, b),
+            [x, shift, h], 8 + size, 4 + size, h.numel(),
+        ),
+        "affine": (lambda b: ops.affine(tokens, ab, False, b)[0], [tokens, ab], 16, 28, tokens.numel()),
+    }  # fmt: skip
+    for name, (of, leaves, forward, backward, elements) in cases.items():
+        pull = torch.randn_like(of("torch"))
+        for backend in ("triton", "cuda", "torch"):
+            if not OPS[name].why_not(backend, device, leaves[0].dtype):
+                variant = {"triton": "ours", "cuda": "ours, CUDA C++", "torch": "PyTorch"}[backend]
+                moved = elements * forward, elements * (forward + backward)
+                forward_and_backward(
+                    "training kernel", name, variant, timer, record, leaves[0].dtype,
+                    lambda of=of, backend=backend: of(backend), leaves, pull, f"{rows} tokens", moved, "moved",
+                )  # fmt: skip

@@ -200,7 +200,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             progress: show a progress bar over all tokens of all blocks.
             precision: 'fp32', 'bf16' or 'int8' of the native CPU engine (tarflow_fast/inverse/engine.py); None: that of
                 the parameters, bf16 under autocast(bfloat16).
-            memory_limit: bytes the native CPU engine may take (a larger batch is inverted in parts, with the same
+            memory_limit: bytes the engine may take, CPU or GPU (a larger batch is inverted in parts, with the same
                 bits); None: most of what the machine has left.
 
         Returns:

@@ -3,6 +3,7 @@
 python tests/step_compile.py    every kernel and configuration of the published models: registers, shared memory, loads
 """
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -13,10 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-KINDS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 OPTIONS = ("num_warps", "num_stages")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 MODELS = {"imagenet64": (768, 12, 1024), "afhq256": (768, 192, 1024), "imagenet128": (1024, 48, 1024)}  # C, D, T
+BATCHES = {1: (1, 4, 16, 32, 64, 128), 16: (1, 16, 128)}  # of a window W
+KERNELS = ("embed", "normalize", "linear", "attention", "tail")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Recorder:
@@ -57,6 +61,29 @@ def launches(model, B, guided, dtype, W=1):
     return found
 
 
+def same(launch):
+    """What two launches have in common that the JIT compiles once."""
+    kernel, _, given, options = launch
+    source = source_of(kernel, given)
+    parts = (source.signature, source.constants, source.attrs, options)
+    return kernel.__name__, *(str(sorted(part.items(), key=str)) for part in parts)
+
+
+@functools.cache
+def every_launch(dtype):
+    """{kernel: [(model, launch)]}: every specialization of the published models, at every batch, guided or not."""
+    found, known = {kernel: [] for kernel in KERNELS}, set()
+    for model in MODELS:
+        for W, batches in BATCHES.items():
+            for B in batches:
+                for guided in (False, True):
+                    for launch in launches(model, B, guided, dtype, W):
+                        if same(launch) not in known:
+                            known.add(same(launch))
+                            found[launch[0].__name__.removesuffix("_kernel")].append((model, launch))
+    return found
+
+
 def describe(launch):
     """A launch as one line: "linear_kernel append N=64 M=16 K=256 splits=3"."""
     kernel, _, given, _ = launch
@@ -76,7 +103,7 @@ def source_of(kernel, given):
             signature[parameter.name], constants[(index,)] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = KINDS[value.dtype]
+            signature[parameter.name] = POINTERS[value.dtype]
             attrs[(index,)] = [["tt.divisibility", 16]]  # torch allocates aligned, and a layer of the cache stays so
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
@@ -118,28 +145,20 @@ def main():
     """The whole table; a few minutes."""
     from tempfile import TemporaryDirectory
 
-    cases = [(B, guided, W) for B in (1, 16, 128) for guided in (False, True) for W in (1, 16)]
-    done = set()
-    print("sm dtype | kernel | registers | shared bytes | spilled bytes | matrix instructions | 16-byte loads")
-    for model in MODELS:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for case in cases:
-                for launch in launches(model, *case[:2], dtype, case[2]):
-                    for arch in SHARED_LIMIT:
-                        line = f"{arch} {str(dtype).removeprefix('torch.')} | {describe(launch)}"
-                        if (MODELS[model][0], line) in done:
-                            continue
-                        done.add((MODELS[model][0], line))
-                        compiled = build(launch[0], launch[2], launch[3], arch)
-                        with TemporaryDirectory() as folder:
-                            used = resources(compiled, folder)
-                        wide = wide_loads(compiled)
-                        print(
-                            f"{line} C={MODELS[model][0]} | {used['REG']} | {compiled.metadata.shared} | "
-                            f"{used['STACK'] + used['LOCAL']} | {'+'.join(sorted(products(compiled))) or '-'} | "
-                            f"{sum(size == 16 for size in wide)} of {len(wide)}",
-                            flush=True,
-                        )
+    print("sm dtype | model, kernel | registers | shared bytes | spilled bytes | matrix instructions | 16-byte loads")
+    for dtype in DTYPES:
+        for model, launch in (pair for pairs in every_launch(dtype).values() for pair in pairs):
+            for arch in SHARED_LIMIT:
+                compiled = build(launch[0], launch[2], launch[3], arch)
+                with TemporaryDirectory() as folder:
+                    used = resources(compiled, folder)
+                sizes, made_of = wide_loads(compiled), "+".join(sorted(products(compiled))) or "-"
+                print(
+                    f"{arch} {str(dtype).removeprefix('torch.')} | {model} {describe(launch)} | {used['REG']} | "
+                    f"{compiled.metadata.shared} | {used['STACK'] + used['LOCAL']} | "
+                    f"{made_of} | {sizes.count(16)} of {len(sizes)}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

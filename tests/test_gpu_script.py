@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+SECTIONS = {"block inverse", "whole sample", "step kernel", "attention", "training kernel", "training"}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -23,13 +25,19 @@ def run(script, *arguments, cwd, **environment):
 
 @needs_triton
 def test_dry_run(tmp_path):
-    done = run("gpu.py", "--dry-run", "--out", tmp_path / "out", cwd=tmp_path, OMP_NUM_THREADS="1")
+    """Of what an install brings, only torch, triton, numpy, pytest and safetensors."""
+    bare = tmp_path / "bare"
+    for name in ("tyro", "tqdm", "PIL", "sklearn", "hypothesis", "pytest_benchmark", "matplotlib", "xdist"):
+        (bare / name).mkdir(parents=True)
+        (bare / name / "__init__.py").write_text(f"raise ImportError('{name} is not here')\n")
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(bare)}
+    done = run("gpu.py", "--dry-run", "--out", tmp_path / "out", cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     told = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert len(told["checks"]) >= 6 and all(check["ok"] for check in told["checks"])
     assert told["machine"]["seed"] == 0 and told["machine"]["torch"] == torch.__version__
     rows = list(csv.DictReader((tmp_path / "out" / "gpu.csv").open()))
-    assert {row["section"] for row in rows} >= {"block inverse", "whole sample", "step kernel", "attention", "training"}
+    assert {row["section"] for row in rows} >= SECTIONS
     assert all(float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"]) for row in rows)
     table = (tmp_path / "out" / "gpu.md").read_text()
     assert "FAILED" not in table and table.count("\n|") == len(rows) + 2
@@ -50,6 +58,71 @@ def test_a_failed_check_fails_the_run(tmp_path, monkeypatch):
     assert record.ok
     record.check("two", False, "by 3 ulp")
     assert not record.ok and "- **FAILED**: two by 3 ulp" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import gpu
+    import gpu_record
+
+    return gpu, gpu_record
+
+
+class Seconds:
+    """A budget that a test sets."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def left(self):
+        return self.seconds
+
+    def spent(self):
+        return 0.0
+
+
+def fails():
+    raise ValueError("not on this machine")
+
+
+@pytest.mark.parametrize(
+    "kind, seconds, left, work, failed, skipped",
+    [
+        ("check", 1, 100, lambda: None, [], []),
+        ("check", 50, 10, lambda: None, ["10 s left, about 50 s needed"], []),
+        ("time", 50, 10, lambda: None, [], ["10 s left, about 50 s needed"]),
+        ("check", 0, 0.2, lambda: time.sleep(20), ["not done after 0 s"], []),
+        ("time", 0, 0.2, lambda: time.sleep(20), [], ["not done after 0 s"]),
+        ("time", 1, 100, fails, ["ValueError: not on this machine"], []),
+        ("peer", 1, 100, fails, [], ["ValueError: not on this machine"]),
+    ],
+)
+def test_pieces(kind, seconds, left, work, failed, skipped, script, tmp_path):
+    """A check that was not made has not held; of a peer that fails, only the comparison is missing."""
+    gpu, gpu_record = script
+    record, begun = gpu_record.Record(tmp_path, {}), time.monotonic()
+    gpu.run(gpu.Piece(kind, "it", seconds, work), record, Seconds(left))
+    assert time.monotonic() - begun < 10
+    assert [check["detail"] for check in record.checks if not check["ok"]] == failed and record.ok == (not failed)
+    assert [skip["why"] for skip in record.skipped] == skipped
+
+
+@needs_triton
+def test_the_plan_of_a_gpu(script):
+    """Correctness first, then the times that matter most; what must be done fits the time by its own reckoning."""
+    gpu, gpu_record = script
+    record = gpu_record.Record.__new__(gpu_record.Record)
+    pieces = list(gpu.plan(gpu_record.Timer("cpu"), record, Seconds(480), False))
+    kinds = [piece.kind for piece in pieces]
+    assert kinds[:3] == ["check"] * 3 and set(kinds) == {"check", "time", "peer"}
+    assert sum(piece.seconds for piece in pieces if piece.kind == "check") < 300
+    last_check = max(number for number, kind in enumerate(kinds) if kind == "check")
+    assert sum(piece.seconds for piece in pieces[: last_check + 1]) < 400
+    names = [piece.what for piece in pieces]
+    assert names.index("whole sample afhq256 B = 1") < names.index("afhq256, blocks") < names.index("training")
+    for what in ("CUDA C++", "compute-sanitizer", "training, torch.compile", "the project's tests on this GPU"):
+        assert what in names
 
 
 def test_roofline(tmp_path):

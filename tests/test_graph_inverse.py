@@ -1,9 +1,12 @@
 """The inverse by fused step kernels: whole blocks and models against reference.py, and when it steps aside."""
 
+import contextlib
 import copy
 import dataclasses
+import inspect
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -273,6 +276,42 @@ def test_without_a_graph_the_same_kernels_run(triton_device):
 
 
 @pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is played by the test")
+def test_one_graph_is_captured_and_replayed(triton_device, monkeypatch):
+    """What CUDA is asked for: kernels warm before a capture, one capture a call, then replays alone."""
+    block, z, seen = make_block(T=3), noise(T=3), []
+    expected, workspace = by_name(block, z), GraphWorkspace(block, B, False, torch.float32)
+    step = workspace.step
+    monkeypatch.setattr(workspace, "step", lambda: seen.append("step") or step())
+
+    class Graph:
+        def replay(self):
+            seen.append("replay")
+            step()
+
+    @contextlib.contextmanager
+    def within(*arguments, **options):
+        capture = isinstance(arguments[0], Graph)
+        if capture:
+            signature.bind(*arguments, **options)
+            seen.append(f"begin {options['capture_error_mode']}")
+        yield
+        seen.extend(["end"] * capture)
+
+    signature = inspect.signature(torch.cuda.graph)
+    for name, stand_in in {"CUDAGraph": Graph, "Stream": torch.device, "stream": within, "graph": within}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    workspace.capture = True
+    workspace.prepare()
+    workspace.prepare()
+    assert seen == ["step", "begin thread_local", "step", "end"] and workspace.graph is not None
+    for _ in range(2):
+        seen.clear()
+        assert all(map(same_bits, invert_graph(block, z, None, Guidance(), workspace), expected))
+        assert seen == ["replay"] * 2, "a replay a token, the last one excepted"
+
+
+@pytest.mark.interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the table is changed for CPU tensors")
 def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch, untold):
     """By name that raises; auto leaves the block to PyTorch, and warns."""
@@ -289,6 +328,9 @@ def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch, untold):
         by_name(block, z)
     with pytest.warns(RuntimeWarning, match=r"inverts on 'torch' instead of 'triton' \(cpu tensors\): out of shared"):
         x, _ = invert_block(block, z, None, Guidance())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once: the next block, or call, says nothing
+        invert_block(block, z, None, Guidance())
     assert same_bits(x, invert_block(block, z, None, Guidance(), InverseCall("torch"))[0])
 
 

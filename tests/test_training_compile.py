@@ -42,27 +42,19 @@ def compile_attention(part, arch, E, dtype, even):
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("E", [16, 32, 64, 128])
 @pytest.mark.parametrize("part", ATTENTION_POINTERS)
-def test_attention(part, E, arch, tmp_path):
-    compiled = compile_attention(part, arch, E, "bf16", False)
-    check_attention(compiled, arch, tmp_path)
-    assert ("wgmma.mma_async" if arch == 90 else "mma.sync") in compiled.asm["ptx"]
-
-
-@pytest.mark.parametrize("arch, dtype", [(80, "bf16"), (90, "bf16"), (90, "fp16")])
-@pytest.mark.parametrize("part", ATTENTION_POINTERS)
-def test_attention_of_whole_tiles(part, dtype, arch, tmp_path):
-    check_attention(compile_attention(part, arch, 64, dtype, True), arch, tmp_path)
-
-
-@pytest.mark.parametrize("E", [32, 64, 128])  # 16 and 32 share their tiles
-@pytest.mark.parametrize("part", ATTENTION_POINTERS)
-def test_attention_in_float32(part, E, tmp_path):
-    """One architecture: IEEE float32 has neither tensor cores nor tiles of its own on the other."""
-    compiled = compile_attention(part, 80, E, "fp32", False)
-    check_attention(compiled, 80, tmp_path)
-    assert "mma" not in compiled.asm["ptx"], "TF32 in place of float32"
+def test_attention(part, E, dtype, arch, tmp_path):
+    """Of ragged tiles and of whole ones."""
+    for even in (False, True):
+        compiled = compile_attention(part, arch, E, dtype, even)
+        check_attention(compiled, arch, tmp_path)
+        ptx = compiled.asm["ptx"]
+        if dtype == "fp32":
+            assert "mma" not in ptx, "TF32 in place of float32"
+        else:
+            assert ("wgmma.mma_async" if arch == 90 else "mma.sync") in ptx
 
 
 def check_attention(compiled, arch, folder):
@@ -150,28 +142,31 @@ def rows_kernels(op, stored, stream, N, full):
     yield kernels.backward_kernel, backward[0], ("rows", "steps"), backward[1] | width | tile, rows.num_warps
 
 
+STORAGE = [("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]  # rows, stream
+WIDTHS = {  # of the published flows, one that is no multiple of anything, and the widest; tiles change between them
+    "layer_norm": (61, 768, 1024, 2048, 4096, 8192),
+    "bias_gelu": (61, 3072, 4096),
+    "bias_residual": (61, 768, 1024),
+}
+
+
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize(
-    "stored, stream, N, full",
-    [
-        ("bf16", "fp32", 768, True),
-        ("bf16", "fp32", 3072, False),
-        ("fp16", "fp16", 4096, True),
-        ("fp32", "fp32", 61, True),
-        ("fp32", "fp32", 8192, True),
-    ],
-)
-@pytest.mark.parametrize("op", ["layer_norm", "bias_gelu", "bias_residual"])
-def test_row_ops(op, stored, stream, N, full, arch, tmp_path):
-    for number, description in enumerate(rows_kernels(op, stored, stream, N, full)):
-        compiled = compile_kernel(description[0], arch, *description[1:])
-        used = resources(compiled, tmp_path)
-        assert used["LOCAL"] == 0 and used["STACK"] == 0, f"spills: {used}"
-        assert compiled.metadata.shared <= 48 * 1024
-        if N != 61:
-            loads, stores = widths(compiled), widths(compiled, "st")
-            assert sum(width == 16 for width in loads) >= 2 / 3 * len(loads), (number, loads)  # the rest: mean, rstd
-            assert 16 in stores, (number, stores)
+@pytest.mark.parametrize("stored, stream", STORAGE)
+@pytest.mark.parametrize("op", WIDTHS)
+def test_row_ops(op, stored, stream, arch, tmp_path):
+    for N in WIDTHS[op]:
+        forward, backward = rows_kernels(op, stored, stream, N, True)
+        _, frozen = rows_kernels(op, stored, stream, N, False)
+        for number, description in enumerate((forward, backward, frozen)):
+            compiled = compile_kernel(description[0], arch, *description[1:])
+            used = resources(compiled, tmp_path)
+            assert used["LOCAL"] == 0 and used["STACK"] == 0, f"{number} of {N} spills: {used}"
+            assert compiled.metadata.shared <= 48 * 1024
+            if N != 61:
+                loads, stores = widths(compiled), widths(compiled, "st")
+                # the rest: mean and rstd, a number a row
+                assert loads.count(4) <= 2 and loads.count(16) + loads.count(4) == len(loads), (number, N, loads)
+                assert 16 in stores, (number, N, stores)
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)

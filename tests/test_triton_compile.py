@@ -5,9 +5,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from cases import AFFINE_CASES
 
+from tarflow_fast.ops.affine import DTYPES
+
 triton = pytest.importorskip("triton")
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -55,23 +59,28 @@ def fresh_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("D, dtype", [(12, "fp32"), (48, "bf16"), (5000, "fp32"), (3, "fp16")])
-def test_affine(arch, D, dtype, tmp_path):
+@pytest.mark.parametrize("D", [12, 48, 192, 3, 5000])  # the published flows, rows never aligned, more than one tile
+@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if pair[0] != torch.float64], ids=str)
+def test_affine(dtypes, D, arch, tmp_path):
     import triton.language as tl
     from tarflow_fast.kernels.triton import affine as kernels
 
+    x, ab = (NAMES[dtype] for dtype in dtypes)
     block_t, block_d = kernels.tile(D)
-    constants = {"D": D, "SCALE": True, "FLIP": True, "BLOCK_T": block_t, "BLOCK_D": block_d, "COMPUTE": tl.float32}
-    forward = {"x_ptr": dtype, "ab_ptr": dtype, "z_ptr": dtype, "sum_ptr": "fp32"}
-    backward = {name: dtype for name in ("dz_ptr", "x_ptr", "ab_ptr", "dx_ptr", "dab_ptr")} | {"dlog_det_ptr": "fp32"}
-    for kernel, pointers in ((kernels.forward_kernel, forward), (kernels.backward_kernel, backward)):
-        compiled = compile_kernel(kernel, arch, pointers, ("T", "chunks"), constants, kernels.NUM_WARPS)
-        used = resources(compiled, tmp_path)
-        assert used["LOCAL"] == 0 and used["STACK"] == 0, f"spills: {used}"
-        assert compiled.metadata.shared <= 8192 < SHARED_LIMIT[arch]
-        if D != 3:  # rows of 3 numbers are never aligned
-            assert max(widths(compiled)) == 16 and max(widths(compiled, "st")) == 16
-            assert sum(width == 16 for width in widths(compiled)) >= len(widths(compiled)) - 1
+    forward = {"x_ptr": x, "ab_ptr": ab, "z_ptr": x, "sum_ptr": "fp32"}
+    backward = dict.fromkeys(("dz_ptr", "x_ptr", "dx_ptr"), x) | dict.fromkeys(("ab_ptr", "dab_ptr"), ab)
+    backward |= {"dlog_det_ptr": "fp32"}
+    tile = {"D": D, "BLOCK_T": block_t, "BLOCK_D": block_d, "COMPUTE": tl.float32}
+    for scale, flip in ((True, True), (True, False), (False, True)):
+        constants = tile | {"SCALE": scale, "FLIP": flip}
+        for kernel, pointers in ((kernels.forward_kernel, forward), (kernels.backward_kernel, backward)):
+            compiled = compile_kernel(kernel, arch, pointers, ("T", "chunks"), constants, kernels.NUM_WARPS)
+            used = resources(compiled, tmp_path)
+            assert used["LOCAL"] == 0 and used["STACK"] == 0, f"spills: {used}"
+            assert compiled.metadata.shared <= 8192 < SHARED_LIMIT[arch]
+            if D * min(dtype.itemsize for dtype in dtypes) % 16 == 0:
+                assert max(widths(compiled)) == 16 and max(widths(compiled, "st")) == 16
+                assert sum(width == 16 for width in widths(compiled)) >= len(widths(compiled)) - 1
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)

@@ -135,14 +135,15 @@ def attention_kernel(
     tl.store(out_ptr + pair[None, :] * E + e[:, None], out.to(out_ptr.dtype.element_ty), mask=real[None, :])
 
 
-def cached_attention(q, cache, scale, starts, out, scratch, W):
+def cached_attention(q, cache, scale, starts, out, scratch, W, tuned_for=None):
     """Fills out (M, C). q (M, C) and cache (2, R, H, T, E) in the storage type, scale (R,) fp32 in units of log2.
 
     scratch: `partials`, fp32, `sums` fp32 and `counters` int32 (zero), as `tuning_step.scratch` asked for.
+    tuned_for: number of rows whose tiles are taken; R by default.
     """
     M = q.shape[0]
     _, R, H, T, E = cache.shape
-    config = tuning_step.attention(R, H, T, W, cache.dtype)
+    config = tuning_step.attention(tuned_for or R, H, T, W, cache.dtype)
     with on(q.device):
         attention_kernel[(R * H * cdiv(W, config["BLOCK_W"]), config["SPLITS"])](
             q, cache, scale, starts, out, scratch["partials"], scratch["sums"], scratch["counters"], M, W, R, T,

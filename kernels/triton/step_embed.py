@@ -60,10 +60,13 @@ def embed_kernel(
     tl.store(h_ptr + m.to(tl.int64)[None, :] * C + n[:, None], h, mask=(n < C)[:, None] & (m < M)[None, :])
 
 
-def embed(x, weight, bias, pos_embed, classes, h, starts, flip, W):
-    """Fills h (M, C) fp32. x (B, T, D), pos_embed (T, C) and classes (R, C) fp32, weight (C, D), starts (2, R)."""
+def embed(x, weight, bias, pos_embed, classes, h, starts, flip, W, tuned_for=None):
+    """Fills h (M, C) fp32. x (B, T, D), pos_embed (T, C) and classes (R, C) fp32, weight (C, D), starts (2, R).
+
+    tuned_for: number of queries whose tiles are taken; M by default.
+    """
     (B, T, D), (M, C) = x.shape, h.shape
-    config = tuning_step.embed(M, C, D)
+    config = tuning_step.embed(tuned_for or M, C, D, weight.dtype)
     grid = (cdiv(C, config["BLOCK_N"]), cdiv(M, config["BLOCK_M"]))
     with on(x.device):
         embed_kernel[grid](

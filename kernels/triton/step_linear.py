@@ -126,7 +126,7 @@ def normalize_kernel(h_ptr, weight_ptr, bias_ptr, out_ptr, eps, C: tl.constexpr,
     tl.store(out_ptr + at + c, (centred * scale * gain + shift).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-def linear(x, weight, bias, out, scratch, epilogue, norm=None, append=None):
+def linear(x, weight, bias, out, scratch, epilogue, norm=None, append=None, tuned_for=None):
     """One of the three layers above, in place.
 
     Args:
@@ -136,11 +136,12 @@ def linear(x, weight, bias, out, scratch, epilogue, norm=None, append=None):
         scratch: what `tuning_step.scratch` asked for: partials fp32, counters int32 (zero), normalized (M, K).
         norm: (weight, bias, eps) of the LayerNorm before, or None.
         append: (cache (2, R, H, T, E), starts, W) of the epilogue "append".
+        tuned_for: number of queries whose tiles are taken; M by default.
     """
     (M, K), N = x.shape, weight.shape[0]
     cache, starts, W = append or (out, scratch["counters"], 1)
     R, T, E = (cache.shape[1], cache.shape[3], cache.shape[4]) if append else (M, 1, 1)
-    config = tuning_step.linear(M, N, K, weight.dtype, norm is not None)
+    config = tuning_step.linear(tuned_for or M, N, K, weight.dtype, norm is not None)
     fused = config.pop("NORM")
     gain, shift, eps = norm or (bias, bias, 0.0)
     with on(x.device):

@@ -3,14 +3,24 @@ that the same call gives the same bits. M = R W queries.
 
 Few queries: the time is that of reading weights and cache, so tiles are narrow until there are programs enough to keep
 every memory channel busy. Many: the weights' side of a tile is 64, which is a wgmma on sm_90.
+
+What depends on the number of rows, and with it the order of sums and the last bits of a result:
+
+    embed, tail        nothing: rows only decide how many programs there are
+    linear             M <= FEW: one configuration for all; above it BLOCK_N and BLOCK_K change, LayerNorm is a kernel
+                       of its own, and SPLITS falls as ceil(M / BLOCK_M) grows
+    attention          SPLITS falls as R H grows, and is 1 from PROGRAMS programs on
+
+One split count for all would cost either the memory channels of one image or the traffic of partial sums of many. So
+every launch function takes the number of rows to be tuned for: whoever solves a batch in parts passes that of the
+whole batch, and has its bits (tests/test_step_bits.py).
 """
 
 import torch
 import triton
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200; an A100 has 108
-FUSED_NORM = 32  # up to so many queries LayerNorm is cheaper inside every program of the next layer than as a kernel
-FUSED_NORM_FP32 = 16  # past this, registers spill
+FEW = 16  # up to so many queries LayerNorm is cheaper inside every program of the next layer than as a kernel
 MAX_SPLITS = {"linear": 8, "attention": 16}  # the last program of a tile adds so many parts up
 
 
@@ -25,7 +35,7 @@ def _queries(M):
 
 def linear(M, N, K, dtype, norm):
     """Tiles of a linear layer, and whether it normalizes its input itself."""
-    few, wide = M <= 16, dtype == torch.float32
+    few, wide = M <= FEW, dtype == torch.float32
     # fp32 has no tensor core path of full precision: its operands sit in registers, so its tiles are smaller
     block_n = min(16 if few else 32 if wide else 64, triton.next_power_of_2(N))
     block_m = min(_queries(M), 32 if wide else 64)
@@ -33,27 +43,25 @@ def linear(M, N, K, dtype, norm):
     programs = triton.cdiv(N, block_n) * triton.cdiv(M, block_m)
     splits = min(MAX_SPLITS["linear"], triton.cdiv(PROGRAMS, programs), K // block_k)
     return {
-        "NORM": norm and fuses_norm(M, dtype),
+        "NORM": norm and few,
         "SPLITS": splits,
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
-        "num_warps": 4,
+        # the tile that LayerNorm runs over, 256 x 16, is more than 4 warps hold on sm_80
+        "num_warps": 8 if norm and few and not wide else 4,
         "num_stages": 3,
     }
-
-
-def fuses_norm(M, dtype):
-    return M <= (FUSED_NORM_FP32 if dtype == torch.float32 else FUSED_NORM)
 
 
 def normalize(C):
     return {"BLOCK": triton.next_power_of_2(C), "num_warps": 4}
 
 
-def embed(M, C, D):
-    block_n = min(32, triton.next_power_of_2(C))
-    return {"BLOCK_N": block_n, "BLOCK_M": _queries(M), "BLOCK_K": min(max(triton.next_power_of_2(D), 16), 64)}
+def embed(M, C, D, dtype):
+    block_m = min(_queries(M), 32 if dtype == torch.float32 else 64)
+    block_k = min(max(triton.next_power_of_2(D), 16), 64)
+    return {"BLOCK_N": min(32, triton.next_power_of_2(C)), "BLOCK_M": block_m, "BLOCK_K": block_k}
 
 
 def attention(R, H, T, W, dtype):
@@ -87,24 +95,27 @@ def tail_tiles(C, D, dtype):
     return triton.cdiv(D, tail(C, dtype)["BLOCK_D"])
 
 
-def scratch(R, W, C, hidden, H, T, E, dtype):
-    """Sizes of what the kernels of a step share: {name: (shape, "fp32" | "int32" | "storage")}."""
+def scratch(R, W, C, hidden, H, T, E, dtype, tuned_for=None):
+    """Sizes of what the kernels of a step share: {name: (shape, "fp32" | "int32" | "storage")}.
+
+    R: rows; tuned_for: rows whose configurations are launched, R by default.
+    """
     R = max(R, 1)
-    M = R * W
+    M, tuned_for = R * W, max(tuned_for or R, 1)
     layers = [(3 * C, C), (C, C), (hidden, C), (C, hidden)]
     partials, tiles = 0, 1
     for N, K in layers:
-        config = linear(M, N, K, dtype, False)
+        config = linear(tuned_for * W, N, K, dtype, False)
         if config["SPLITS"] > 1:
             partials = max(partials, config["SPLITS"] * M * N)
             tiles = max(tiles, triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(M, config["BLOCK_M"]))
-    config = attention(R, H, T, W, dtype)
+    config = attention(tuned_for, H, T, W, dtype)
     sums = 0
     if config["SPLITS"] > 1:
         partials = max(partials, config["SPLITS"] * M * H * E)
         sums = config["SPLITS"] * M * H * 2
         tiles = max(tiles, R * H * triton.cdiv(W, config["BLOCK_W"]))
-    normalized = 1 if fuses_norm(M, dtype) else M * C
+    normalized = 1 if tuned_for * W <= FEW else M * C
     return {
         "partials": (max(partials, 1), "fp32"),
         "sums": (max(sums, 1), "fp32"),

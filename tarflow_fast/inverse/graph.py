@@ -10,6 +10,10 @@ temperatures. So one graph serves all, and the host never waits for the device i
 The residual stream, x, softmax, exp and log_det are float32; weights, cache and the operands of products have the
 storage type. With a window W > 1 a pass computes W tokens at once; W passes solve them exactly, since token k of a
 window is final after k passes.
+
+A row's bits depend neither on the other rows nor on its slot. They do depend on how many rows the call has, which
+chooses the tiles (kernels/triton/tuning_step.py says where). A batch larger than memory is solved in parts, with the
+tiles of the whole and so with its bits.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ from tarflow_fast.ops.registry import triton_missing, triton_refuses
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
 
-__all__ = ["GraphWorkspace", "invert_graph", "prepare_graph", "storage_dtype", "why_not_graph"]
+__all__ = ["GraphWorkspace", "invert_graph", "prepare_graph", "rows_together", "storage_dtype", "why_not_graph"]
 
+_UNCHECKED = 1 << 26  # bytes below this are taken without a look at the device's memory
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128)
 
@@ -67,24 +72,35 @@ class GraphWorkspace:
 
     Args:
         block: gives the shapes.
-        B: rows of z. Guidance runs 2B rows: conditional, then unguided.
+        B: rows of z solved together. Guidance runs 2B rows: conditional, then unguided.
         guided: whether it does.
         dtype: storage type of weights and cache: float32, bfloat16 or float16.
         window: W, tokens a pass.
         capture: False runs the kernels one by one, as on the CPU.
+        batch: rows of the call, of which B at a time are solved; B by default. The tiles are those of `batch` rows.
+        device: by default that of the block; "meta" to count bytes.
     """
 
     def __init__(
-        self, block: MetaBlock, B: int, guided: bool, dtype: torch.dtype, window: int = 1, capture: bool = True
+        self,
+        block: MetaBlock,
+        B: int,
+        guided: bool,
+        dtype: torch.dtype,
+        window: int = 1,
+        capture: bool = True,
+        batch: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         from tarflow_fast.kernels.triton import tuning_step
 
-        device = block.pos_embed.device
-        self.key = self.describe(block, B, guided, dtype)
+        device, batch = torch.device(device or block.pos_embed.device), batch or B
+        self.key = self.describe(block, batch, guided, dtype)
         (T, C), D, L = block.pos_embed.shape, block.proj_in.in_features, len(block.attn_blocks)
         E, hidden = block.attn_blocks[0].attention.head_size, block.attn_blocks[0].mlp.main[0].out_features
         self.B, self.T, self.W, self.guided, self.dtype = B, T, min(window, max(T - 1, 1)), guided, dtype
         R, M, H = B * (1 + guided), B * (1 + guided) * self.W, C // E
+        self.tuned_rows = batch * (1 + guided)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             # Zeros: a masked lane may read what no kernel wrote yet, and must not find NaN there.
@@ -100,12 +116,12 @@ class GraphWorkspace:
         kinds = {"fp32": torch.float32, "int32": torch.int32, "storage": dtype}
         self.scratch = {
             name: empty(size, dtype=kinds[kind])
-            for name, (size, kind) in tuning_step.scratch(R, self.W, C, hidden, H, T, E, dtype).items()
+            for name, (size, kind) in tuning_step.scratch(R, self.W, C, hidden, H, T, E, dtype, self.tuned_rows).items()
         }
         self.pos_embed = empty(T, C)
         # Matrices in the storage type; vectors, which cost nothing, in float32.
         self.weights = {
-            name: torch.zeros_like(p, dtype=dtype if p.ndim == 2 else torch.float32, requires_grad=False)
+            name: empty(*p.shape, dtype=dtype if p.ndim == 2 else torch.float32)
             for name, p in block.named_parameters()
             if name not in ("pos_embed", "class_embed")
         }
@@ -132,10 +148,17 @@ class GraphWorkspace:
 
     def load(self, block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance) -> None:
         """Everything the steps of one block need; copies on the device, no synchronisation."""
+        self.load_weights(block)
+        self.load_rows(block, z, y, guidance)
+
+    def load_weights(self, block: MetaBlock) -> None:
         parameters = dict(block.named_parameters())
         for name, buffer in self.weights.items():
             buffer.copy_(parameters[name])
         self.pos_embed.copy_(block.pos_embed)
+
+    def load_rows(self, block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance) -> None:
+        """z (B, T, D), y (B,) or None."""
         self.x.copy_(z)
         self.z.copy_(z)
         self.starts.zero_()
@@ -162,10 +185,12 @@ class GraphWorkspace:
         from tarflow_fast.kernels.triton.step_embed import embed
         from tarflow_fast.kernels.triton.step_linear import linear
 
-        w, W, h, scratch = self.weights, self.W, self.h, self.scratch
+        w, W, h, scratch, rows = self.weights, self.W, self.h, self.scratch, self.tuned_rows
+        tuned = rows * W
         embed(
-            self.x, w["proj_in.weight"], w["proj_in.bias"], self.pos_embed, self.classes, h, self.starts, self.flip, W
-        )
+            self.x, w["proj_in.weight"], w["proj_in.bias"], self.pos_embed, self.classes, h, self.starts, self.flip,
+            W, tuned,
+        )  # fmt: skip
         for number, (eps1, eps2) in enumerate(self.eps):
             layer, cache = f"attn_blocks.{number}.", self.cache[number]
 
@@ -173,11 +198,12 @@ class GraphWorkspace:
                 return w[f"{layer}{name}.weight"], w[f"{layer}{name}.bias"]
 
             norm1, norm2 = (*pair("attention.norm"), eps1), (*pair("mlp.norm"), eps2)
-            linear(h, *pair("attention.qkv"), self.queries, scratch, "append", norm1, (cache, self.starts, W))
-            cached_attention(self.queries, cache, self.scale, self.starts, self.heads, scratch, W)
-            linear(self.heads, *pair("attention.proj"), h, scratch, "residual")
-            linear(h, *pair("mlp.main.0"), self.hidden, scratch, "gelu", norm2)
-            linear(self.hidden, *pair("mlp.main.2"), h, scratch, "residual")
+            append = cache, self.starts, W
+            linear(h, *pair("attention.qkv"), self.queries, scratch, "append", norm1, append, tuned)
+            cached_attention(self.queries, cache, self.scale, self.starts, self.heads, scratch, W, rows)
+            linear(self.heads, *pair("attention.proj"), h, scratch, "residual", tuned_for=tuned)
+            linear(h, *pair("mlp.main.0"), self.hidden, scratch, "gelu", norm2, tuned_for=tuned)
+            linear(self.hidden, *pair("mlp.main.2"), h, scratch, "residual", tuned_for=tuned)
         affine_inverse(
             h, w["proj_out.weight"], w["proj_out.bias"], self.z, self.x, self.sums, self.starts, self.flip,
             self.guidance, W, self.guided,
@@ -187,11 +213,19 @@ class GraphWorkspace:
         """Capture the step, once. A capture that fails costs speed, not the answer: the kernels then run one by one."""
         if not self.capture or self.graph is not None:
             return
+        from tarflow_fast.kernels.triton.device import on
+
         self.step()  # compiles and loads the kernels, which a capture must not
         try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.step()
+            # A stream of the workspace's GPU: the one PyTorch keeps for captures is of the GPU that came first.
+            with on(self.x.device):
+                graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.x.device)
+                # The outer context puts the current stream back even where a capture that failed does not.
+                with (
+                    torch.cuda.stream(stream),
+                    torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                ):
+                    self.step()
         except RuntimeError as error:
             self.capture = False
             warnings.warn(f"tarflow_fast runs its GPU inverse without a CUDA graph: {error}", RuntimeWarning)
@@ -212,22 +246,69 @@ class GraphWorkspace:
                     on_token()
 
 
+def rows_together(
+    block: MetaBlock, B: int, guided: bool, dtype: torch.dtype, memory_limit: int | None = None
+) -> tuple[int, int]:
+    """How many rows of a batch of B fit `memory_limit` bytes together, and the bytes their workspace takes.
+
+    None: most of what the device has left. Parts are of one size, so that one graph serves them all.
+
+    Raises:
+        MemoryError: one row alone is over the limit; the bytes are named.
+    """
+
+    def describe(rows: int) -> GraphWorkspace:
+        return GraphWorkspace(block, rows, guided, dtype, batch=B, device="meta")
+
+    whole = describe(B).nbytes
+    limit = available_memory(block.pos_embed.device) if memory_limit is None and whole > _UNCHECKED else memory_limit
+    if limit is None or whole <= limit:
+        return B, whole
+    one = describe(1)
+    if one.nbytes > limit:
+        weights = sum(tensor.nbytes for tensor in one.weights.values())
+        raise MemoryError(
+            f"block_inverse: one row needs {one.nbytes:,} bytes (weights {weights:,}, workspace "
+            f"{one.nbytes - weights:,}), over the limit of {limit:,}"
+        )
+    fits, too_many = 1, B
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if describe(middle).nbytes <= limit else (fits, middle)
+    rows = -(-B // -(-B // fits))  # as many parts as that takes, of one size
+    return rows, describe(rows).nbytes
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Nine tenths of what the GPU has free and what PyTorch holds of it unused; of the host's memory on the CPU."""
+    if device.type != "cuda":
+        from tarflow_fast.inverse.engine import available_memory as of_the_host
+
+        return of_the_host()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + unused) * 9 // 10
+
+
 def prepare_graph(
     block: MetaBlock,
     z: Tensor,
     guidance: Guidance,
     workspace: GraphWorkspace | None = None,
     precision: str | None = None,
+    memory_limit: int | None = None,
 ) -> GraphWorkspace:
     """A workspace for this call: the one given if it fits, else a new one, its kernels compiled and its graph captured.
 
-    Raises whatever Triton's compiler, the driver or the allocator raise.
+    Raises:
+        MemoryError: one row alone needs more than `memory_limit` (`rows_together`).
+        Whatever Triton's compiler, the driver or the allocator raise.
     """
-    dtype = storage_dtype(z, precision)
-    key = GraphWorkspace.describe(block, z.size(0), guidance.active, dtype)
+    B, dtype = z.size(0), storage_dtype(z, precision)
+    key = GraphWorkspace.describe(block, B, guidance.active, dtype)
     if workspace is None or workspace.key != key:
-        workspace = GraphWorkspace(block, z.size(0), guidance.active, dtype)
-        if z.size(0) > 0:
+        group = rows_together(block, B, guidance.active, dtype, memory_limit)[0] if B > 0 else 0
+        workspace = GraphWorkspace(block, group, guidance.active, dtype, batch=B)
+        if B > 0:
             with torch.autocast(z.device.type, enabled=False), torch.no_grad():
                 workspace.prepare()
     return workspace
@@ -251,14 +332,37 @@ def invert_graph(
         ValueError: the workspace belongs to another shape, batch or device.
     """
     B, T, _ = z.shape
+    log_det = torch.zeros(B, dtype=torch.float32, device=z.device)
     if B == 0 or T == 1:  # nothing to solve
-        return z.clone(), torch.zeros(B, dtype=torch.float32, device=z.device)
+        return z.clone(), log_det
     if workspace is None:
         workspace = prepare_graph(block, z, guidance)
     elif workspace.key != GraphWorkspace.describe(block, B, guidance.active, workspace.dtype):
         raise ValueError("invert_graph: workspace must be one of this block's shapes, batch and device")
+    x, parts = torch.empty(z.shape, dtype=z.dtype, device=z.device), -(-B // workspace.B)
+    tick = None if on_token is None else _every(parts, on_token)
     with torch.autocast(z.device.type, enabled=False):
-        workspace.load(block, z, y, guidance)
-        workspace.run(on_token)
-    # float64: a sum of T D terms whose parts are float32
-    return workspace.x.to(z.dtype, copy=True), workspace.sums.sum(dim=(0, 2), dtype=torch.float64).float()
+        workspace.load_weights(block)
+        for part in range(parts):
+            # The last part reaches back, so that it has as many rows; those solved twice get the same bits twice.
+            begin = min(part * workspace.B, B - workspace.B)
+            rows = slice(begin, begin + workspace.B)
+            workspace.load_rows(block, z[rows], None if y is None else y[rows], guidance)
+            workspace.run(tick)
+            x[rows] = workspace.x
+            # float64: a sum of T D terms whose parts are float32
+            log_det[rows] = workspace.sums.sum(dim=(0, 2), dtype=torch.float64).float()
+    return x, log_det
+
+
+def _every(count: int, call: Callable[[], None]) -> Callable[[], None]:
+    """A function that passes on one call in `count`: tokens of all parts -> tokens of the batch."""
+    seen = 0
+
+    def tick() -> None:
+        nonlocal seen
+        seen += 1
+        if seen % count == 0:
+            call()
+
+    return tick

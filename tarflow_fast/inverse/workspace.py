@@ -24,7 +24,8 @@ class InverseCall:
         backend: of the op `block_inverse`.
         precision: 'fp32', 'bf16', 'int8' (native CPU engine only), or None: that of the parameters, or of autocast.
         differentiable: keep an autograd graph.
-        memory_limit: bytes the native engine may take; None: most of what the machine has left.
+        memory_limit: bytes the engine may take, of the host or the GPU; None: most of what the machine has left. A
+            larger batch is inverted in parts.
         blocks: those of the model, by which messages number a block.
     """
 

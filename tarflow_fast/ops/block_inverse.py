@@ -75,7 +75,9 @@ def block_inverse(
         return _invert_cpu(block, z, y, guidance, call, on_token, path.weights)
     if path.backend == "triton":
         try:
-            call.graph = prepare_graph(block, z, guidance, call.graph, call.precision)
+            call.graph = prepare_graph(block, z, guidance, call.graph, call.precision, call.memory_limit)
+        except MemoryError:  # PyTorch would need no less
+            raise
         except Exception as error:  # Triton's compiler and the driver raise what they like
             if asked_for(call.backend) == "triton":
                 raise

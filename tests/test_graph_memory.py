@@ -1,0 +1,103 @@
+"""The GPU inverse within a memory limit: parts of a batch with the bits of the whole, or a refusal naming the bytes."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from compare import same_bits
+from test_graph_inverse import GUIDED, make_block, no_grad, noise, triton_device  # noqa: F401
+
+from tarflow_fast.inverse import Guidance, InverseCall, graph, invert_block
+from tarflow_fast.inverse.graph import GraphWorkspace, available_memory, invert_graph, prepare_graph, rows_together
+
+ROWS, TOKENS = 7, 3
+
+
+def bytes_of(block, rows, guided=False, batch=ROWS):
+    return GraphWorkspace(block, rows, guided, torch.float32, batch=batch).nbytes
+
+
+@pytest.mark.interpreter
+def test_bytes_are_known_before_anything_is_allocated(triton_device):  # noqa: F811
+    block = make_block().to(triton_device)
+    for rows in (1, 3, ROWS):
+        limit = bytes_of(block, rows, True)
+        assert rows_together(block, ROWS, True, torch.float32, limit) == (rows, limit)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("together, parts", [(4, 2), (3, 3), (1, 7)])
+def test_parts_have_the_bits_of_the_whole(together, parts, triton_device):  # noqa: F811
+    """Seven rows by fours: the last part reaches back over a row that is solved already."""
+    block = make_block(num_classes=3, flip=True, T=TOKENS).to(triton_device)
+    z, y = noise(rows=ROWS, T=TOKENS).to(triton_device), torch.tensor([0, 1, 2, -1, 0, 2, 1], device=triton_device)
+    whole, ticks = InverseCall("triton"), []
+    expected = invert_block(block, z, y, GUIDED, whole)
+    assert whole.graph.B == ROWS
+    call = InverseCall("triton", memory_limit=bytes_of(block, together, True))
+    got = invert_block(block, z, y, GUIDED, call, lambda: ticks.append(1))
+    assert call.graph.B == together and -(-ROWS // together) == parts and call.graph.nbytes <= call.memory_limit
+    assert all(map(same_bits, got, expected))
+    assert len(ticks) == TOKENS - 1, "a token counts once it is solved in every part"
+
+
+@pytest.mark.interpreter
+def test_parts_are_as_equal_as_can_be(triton_device):  # noqa: F811
+    """Room for five of seven rows: two parts of four, not five and two; for 49 of 100: three parts."""
+    block = make_block().to(triton_device)
+    assert rows_together(block, ROWS, False, torch.float32, bytes_of(block, 5))[0] == 4
+    assert rows_together(block, 100, False, torch.float32, bytes_of(block, 49, batch=100))[0] == 34
+
+
+@pytest.mark.interpreter
+def test_one_row_over_the_limit(triton_device, monkeypatch):  # noqa: F811
+    """It says what is missing, by name and by auto alike: PyTorch would need no less."""
+    from tarflow_fast.ops import block_inverse as op
+
+    block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
+    one = bytes_of(block, 1)
+    weights = 4 * sum(p.numel() for name, p in block.named_parameters() if name != "pos_embed")
+    said = (
+        rf"^block_inverse: one row needs {one:,} bytes \(weights {weights:,}, workspace {one - weights:,}\), "
+        rf"over the limit of {one - 1:,}$"
+    )
+    with pytest.raises(MemoryError, match=said):
+        invert_block(block, z, None, Guidance(), InverseCall("triton", memory_limit=one - 1))
+    module = sys.modules[op.__module__]
+    monkeypatch.delenv("TARFLOW_FAST_BACKEND", raising=False)
+    auto = dict.fromkeys(("cpu", "cuda"), ("triton", "torch"))
+    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, auto=auto))
+    with pytest.raises(MemoryError, match=said):
+        invert_block(block, z, None, Guidance(), InverseCall(memory_limit=one - 1))
+    assert invert_block(block, z, None, Guidance(), InverseCall(memory_limit=one))[0].shape == z.shape
+
+
+@pytest.mark.interpreter
+def test_the_default_limit_is_what_the_device_has_left(triton_device, monkeypatch):  # noqa: F811
+    block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
+    asked = []
+    monkeypatch.setattr(graph, "available_memory", lambda device: asked.append(device) or bytes_of(block, 4))
+    assert prepare_graph(block, z, Guidance()).B == ROWS and not asked, "so little is taken without a look"
+    monkeypatch.setattr(graph, "_UNCHECKED", 0)
+    workspace = prepare_graph(block, z, Guidance())
+    assert workspace.B == 4 and asked == [z.device]
+    assert same_bits(
+        invert_graph(block, z, None, Guidance(), workspace)[0], invert_graph(block, z, None, Guidance())[0]
+    )
+    assert prepare_graph(block, z, Guidance(), memory_limit=bytes_of(block, ROWS)).B == ROWS, "a limit given counts"
+
+
+def test_what_a_gpu_has_left(monkeypatch):
+    """Nine tenths of what is free and of what PyTorch's own cache would give back."""
+    figures = {"mem_get_info": (1000, 5000), "memory_reserved": 700, "memory_allocated": 200}
+    devices = []
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: devices.append(device) or value)
+    assert available_memory(torch.device("cuda", 1)) == 1350
+    assert set(devices) == {torch.device("cuda", 1)}
+
+
+def test_what_a_cpu_has_left():
+    left = available_memory(torch.device("cpu"))
+    assert left is None or 0 < left < 2**50
