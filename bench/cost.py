@@ -6,6 +6,8 @@ keys and values of the tokens before it. T - 1 steps, since the last token needs
     weights   12 C^2 L + 3 C D numbers a step            (qkv 3, proj 1, fc1 4, fc2 4;  proj_in 1 and proj_out 2 of C D)
     cache     2 C L R (i + 1) numbers read at step i, 2 C L R written
     FLOPs     2 R (weights) + 4 C L R (i + 1)
+
+proj_in and proj_out are float32 in every precision.
 """
 
 from __future__ import annotations
@@ -44,10 +46,12 @@ def part_costs(workload: Workload, B: int, guided: bool, precision: str = "fp32"
     R = 2 * B if guided else B
     weight_size, cache_size = BYTES[precision]
     steps, reads = T - 1, (T - 1) * T / 2
-    weights = {"proj_in": C * D, "qkv": 3 * C * C * L, "proj": C * C * L, "fc1": 4 * C * C * L, "fc2": 4 * C * C * L}
+    layers = {"qkv": 3 * C * C * L, "proj": C * C * L, "fc1": 4 * C * C * L, "fc2": 4 * C * C * L}
+    ends = {"proj_in": C * D, "proj_out": 2 * C * D}
     costs = {
-        part: Cost(K * steps * n * weight_size, 0.0, K * steps * n * 2 * R)
-        for part, n in {**weights, "proj_out": 2 * C * D}.items()
+        part: Cost(K * steps * n * size, 0.0, K * steps * n * 2 * R)
+        for weights, size in ((layers, weight_size), (ends, 4))
+        for part, n in weights.items()
     }
     costs["attention"] = Cost(0.0, K * 2 * C * L * R * (reads + steps) * cache_size, K * 4 * C * L * R * reads)
     return costs
@@ -61,4 +65,4 @@ def inverse_cost(workload: Workload, B: int, guided: bool, precision: str = "fp3
 def weights_in_memory(workload: Workload, precision: str) -> float:
     """Bytes of one block's weights: whether they stream from memory or stay in the cache."""
     C = workload.channels
-    return (12 * C * C * workload.layers_per_block + 3 * C * workload.D) * BYTES[precision][0]
+    return 12 * C * C * workload.layers_per_block * BYTES[precision][0] + 3 * C * workload.D * 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+import sys
 import time
 from collections.abc import Callable
 
@@ -14,11 +15,15 @@ from tarflow_fast import native
 
 @functools.cache
 def _block() -> torch.Tensor:
-    """512 MiB that no cache holds, in huge pages where the system has them."""
-    memory = mmap.mmap(-1, 1 << 29)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
+    """512 MiB that no cache holds, private and in huge pages where the system has them, as the engine's own memory."""
+    if not sys.platform.startswith("linux"):
+        return torch.ones(1 << 27)
+    size, huge = 1 << 29, 1 << 21
+    memory = mmap.mmap(-1, size + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.float32)
+    first = -whole.data_ptr() % huge // 4
+    return whole[first : first + size // 4].fill_(1.0)
 
 
 def read_rate(threads: int) -> float:
@@ -31,21 +36,24 @@ def read_rate(threads: int) -> float:
     return _rate(lambda: native.library().tf_peak_read(block.data_ptr(), block.numel(), threads))
 
 
-def peaks(threads: int) -> dict[str, float]:
-    """Bytes a second read from memory, FLOP/s by fused multiply-add and by the bfloat16 dot product.
+def flop_rates(threads: int) -> dict[str, float]:
+    """FLOP/s by fused multiply-add and by the bfloat16 dot product: the best of a few runs in registers alone.
 
-    Each the best of a few runs of a register-only or read-only loop in the native library, hence an upper bound of this
-    moment. Where the processor has no bfloat16 dot product, bfloat16 is multiplied as float32 and has its peak.
+    int8 weights are multiplied as float32. Where the processor has no bfloat16 dot product, so is bfloat16.
     """
     library = native.library()
-    read = max(read_rate(threads) for _ in range(7))
     fp32, bf16 = (
         max(
             _rate(lambda dtype=dtype: library.tf_peak_flops(native.DTYPES[dtype], 2_000_000, threads)) for _ in range(7)
         )
         for dtype in (torch.float32, torch.bfloat16)
     )
-    return {"read": read, "fp32": fp32, "bf16": bf16 or fp32, "int8": bf16 or fp32}
+    return {"fp32": fp32, "bf16": bf16 or fp32, "int8": fp32}
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Both, of this moment: "read", the best of a few passes, and the formats of `flop_rates`."""
+    return {"read": max(read_rate(threads) for _ in range(7)), **flop_rates(threads)}
 
 
 def _rate(run: Callable[[], float]) -> float:

@@ -2,8 +2,8 @@
 
 ms          median, 20 and 80 % quantile over rounds
 ratio       reference / variant, the median over rounds
-limit       the ratio at which the bytes (where weights stream from memory) or the FLOPs alone, at the peaks measured in
-            this run, would take all of the time
+limit       the ratio at which the bytes (where weights stream from memory, at the fastest read of this case) or the
+            FLOPs alone would take all of the time
 GB/s        by the formulas of cost.py, and their share of the memory's speed, measured once in every round and its
             median taken; left out where the weights of a block fit a 16 MB cache and do not stream; past 100 % where
             a part of them stays in the processor's cache from one step to the next
@@ -18,7 +18,7 @@ import pytest
 import torch
 from cost import inverse_cost, weights_in_memory
 from interleave import Interleaved
-from peaks import peaks, read_rate
+from peaks import flop_rates, read_rate
 from peers import ImprovedSampler
 from truth import Truth
 from workloads import WORKLOADS, build, inputs
@@ -73,15 +73,11 @@ def test_block_inverse(case, full, table, benchmark):
         images = run()
         one_round += time.perf_counter() - start
         assert images.isfinite().all(), variant
-        errors[variant] = truth.error(images, model.patchify)
-    scale = truth.tokens.abs().max().item()
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        allowed = 2 * truth.plain_error(precision) + 2 * torch.finfo(dtype).eps * scale
-        assert errors[precision] <= allowed, f"{precision}: error {errors[precision]:.3g}, allowed {allowed:.3g}"
+        errors[variant] = truth.check(variant if variant in OURS else "fp32", images, model.patchify)
 
     measured = Interleaved(variants)
     rounds = 1 if one_round > 150 else 2 if one_round > 75 else max(3, min(20, int((40 if full else 16) / one_round)))
-    threads, reads = torch.get_num_threads(), [0.0]
+    threads, reads = torch.get_num_threads(), []
     streams = {
         variant: weights_in_memory(workload, variant if variant in OURS else "fp32") > CACHE for variant in variants
     }
@@ -95,12 +91,12 @@ def test_block_inverse(case, full, table, benchmark):
     benchmark.pedantic(variants["fp32"], setup=others, rounds=rounds, iterations=1)
     measured.seconds["fp32"] = list(benchmark.stats.stats.data)
 
-    peak = peaks(threads) | {"read": statistics.median(reads[1:] or reads)}
+    peak = flop_rates(threads)
     for variant in variants:
         precision = variant if variant in OURS else "fp32"
         seconds = measured.summary(variant)
         cost = inverse_cost(workload, B, guided, precision)
-        floor = cost.floor(peak["read"] if streams[variant] else float("inf"), peak[precision])
+        floor = cost.floor(max(reads) if streams[variant] else float("inf"), peak[precision])
         rate, flops = cost.bytes / seconds["median"], cost.flops / seconds["median"]
         row = {
             "workload": name, "B": B, "guided": guided, "variant": variant, "T": workload.T, "C": workload.channels,
@@ -110,7 +106,7 @@ def test_block_inverse(case, full, table, benchmark):
             "ratio": f"{measured.ratio(variant, 'reference'):.1f}",
             "limit": f"{measured.summary('reference')['median'] / floor:.1f}",
             "GB/s": f"{rate / 1e9:.1f}",
-            "memory": f"{rate / peak['read']:.0%}" if streams[variant] else "-",
+            "memory": f"{rate / statistics.median(reads):.0%}" if streams[variant] else "-",
             "GFLOP/s": f"{flops / 1e9:.0f}",
             "FLOP": f"{flops / peak[precision]:.0%}",
             "error": f"{errors[variant]:.1e}",

@@ -1,6 +1,7 @@
 """Where the time of the native inverse goes: the engine's own clock, part by part, beside what the machine allows.
 
-us          a step, the mean of the threads, the median over rounds; products include their normalisation and epilogue
+us          a step, the mean of the threads at work, the median over rounds; products include their normalisation and
+            epilogue
 GB/s        by the formulas of cost.py, and their share of the memory's speed, measured once in every round and its
             median taken; left out where weights and cache fit a 32 MB cache, past 100 % where a part of them does
 GFLOP/s     likewise, and their share of the arithmetic peak of the format
@@ -12,8 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cost import part_costs, weights_in_memory
-from peaks import peaks, read_rate
+from peaks import flop_rates, read_rate
 from report import results_folder
+from truth import Truth
 from workloads import WORKLOADS, build, inputs
 
 from tarflow_fast.inverse import Guidance
@@ -23,7 +25,8 @@ QUICK = [("mnist", 1, False), ("mnist", 16, False), ("cifar", 1, False), ("cifar
 QUICK += [("c768_t64", 1, False), ("c768_t64", 16, False)]
 FULL = [("imagenet64", 1, False), ("imagenet64", 1, True), ("imagenet64", 4, False), ("imagenet64", 16, False)]
 CASES = [(*case, precision) for case in QUICK + FULL for precision in ("fp32", "bf16", "int8")]
-CACHE = 32e6  # bytes of the last-level cache
+CACHE = 32e6  # bytes of the last-level cache: what fits beside nothing else is not read from memory
+CACHES = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16"}  # what attention multiplies
 SHARES = {}
 
 
@@ -38,37 +41,43 @@ def test_profile(case, full, table, benchmark):
     if case[:3] in FULL and not full:
         pytest.skip("--full")
     workload = replace(WORKLOADS[name], num_blocks=1)
-    model, _ = build(workload)
+    model, reference = build(workload)
     noise, labels, guidance = inputs(workload, B, guided)
-    asked, threads = (
-        Guidance(guidance.get("guidance", 0.0), attn_temp=guidance.get("attn_temp", 1.0)),
-        torch.get_num_threads(),
-    )
+    asked = Guidance(guidance.get("guidance", 0.0), attn_temp=guidance.get("attn_temp", 1.0))
+    costs, threads = part_costs(workload, B, guided, precision), torch.get_num_threads()
+    streams = weights_in_memory(workload, precision) + costs["attention"].cache_bytes / (workload.T - 1) > CACHE
     engine, block, clocks, reads = Engine(precision), model.blocks[0], [], []
-    engine.invert(block, noise, labels, asked)
+    expected, _ = engine.invert(block, noise, labels, asked)
+    truth = Truth(workload, reference, noise, labels, guidance)
+    truth.check(precision, model.unpatchify(expected), model.patchify)
+
+    def clear():
+        engine.clock = torch.zeros(threads, len(PARTS), dtype=torch.float64)
+        if streams:  # else it would only empty the cache
+            reads.append(read_rate(threads))
 
     def run():
-        engine.clock = torch.zeros(threads, len(PARTS), dtype=torch.float64)
         x, _ = engine.invert(block, noise, labels, asked)
-        assert x.isfinite().all()
-        clocks.append(engine.clock.mean(dim=0).tolist())
-        reads.append(read_rate(threads))
+        clocks.append((x, engine.clock))
 
     benchmark.group = name_of(case)
-    benchmark.pedantic(run, rounds=3 if workload.T > 256 else 10, iterations=1)
-    seconds = {part: statistics.median(clock[k] for clock in clocks) for k, part in enumerate(PARTS)}
-    total, peak = sum(seconds.values()), peaks(threads) | {"read": statistics.median(reads)}
-    costs = part_costs(workload, B, guided, precision)
-    cache_streams = weights_in_memory(workload, precision) + costs["attention"].cache_bytes / (workload.T - 1) > CACHE
+    benchmark.pedantic(run, setup=clear, rounds=3 if workload.T > 256 else 10, iterations=1)
+    assert all(torch.equal(x, expected) for x, _ in clocks)
+    worked = [clock[clock.sum(dim=1) > 0] for _, clock in clocks]  # a thread may have had nothing to do
+    means = [clock.mean(dim=0).tolist() for clock in worked if len(clock) == max(len(each) for each in worked)]
+    seconds = {part: statistics.median(mean[k] for mean in means) for k, part in enumerate(PARTS)}
+    total, peak = sum(seconds.values()), flop_rates(threads)
     for part, spent in seconds.items():
         row = {"workload": name, "B": B, "guided": guided, "precision": precision, "part": part}
         row |= {"us": f"{spent / (workload.T - 1) * 1e6:.1f}", "share": f"{spent / total:.0%}"}
         row |= {"GB/s": "-", "memory": "-", "GFLOP/s": "-", "FLOP": "-"}
         if part in costs:
             cost = costs[part]
-            row |= {"GFLOP/s": f"{cost.flops / spent / 1e9:.0f}", "FLOP": f"{cost.flops / spent / peak[precision]:.0%}"}
-            if cache_streams:
-                row |= {"GB/s": f"{cost.bytes / spent / 1e9:.1f}", "memory": f"{cost.bytes / spent / peak['read']:.0%}"}
+            rate, flops = cost.bytes / spent, cost.flops / spent
+            kind = {"proj_in": "fp32", "proj_out": "fp32", "attention": CACHES[precision]}.get(part, precision)
+            row |= {"GFLOP/s": f"{flops / 1e9:.0f}", "FLOP": f"{flops / peak[kind]:.0%}"}
+            if streams:
+                row |= {"GB/s": f"{rate / 1e9:.1f}", "memory": f"{rate / statistics.median(reads):.0%}"}
         table("profile", row)
     SHARES[name_of(case)] = [seconds[part] / total for part in PARTS]
 

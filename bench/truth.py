@@ -21,6 +21,7 @@ class Truth:
         self.model = self._shorten(reference) if self.short else reference
         self.noise = noise[:ROWS, :TOKENS] if self.short else noise[:ROWS]
         self.labels = None if labels is None else labels[:ROWS]
+        self.plain: dict[str, float] = {}
         exact = copy.deepcopy(self.model).double()
         self.tokens = exact.patchify(exact.reverse(self.noise.double(), self.labels, **guidance))
 
@@ -40,6 +41,20 @@ class Truth:
         tokens = patchify(images[:ROWS])
         tokens = tokens[:, :TOKENS] if self.short else tokens
         return (tokens.double() - self.tokens).abs().max().item()
+
+    def check(self, precision: str, images: torch.Tensor, patchify) -> float:
+        """The error, held to the error rule: at most twice plain PyTorch's own in that precision, + 2 ulp.
+
+        int8 has no plain counterpart: its weights keep 7 bits of a column's largest where bfloat16 keeps 8 of each, and
+        it is held to 6 times the error of plain bfloat16.
+        """
+        error, dtype = self.error(images, patchify), torch.float32 if precision == "fp32" else torch.bfloat16
+        if precision not in self.plain:
+            self.plain[precision] = self.plain_error(precision)
+        factor = 6 if precision == "int8" else 2
+        allowed = factor * self.plain[precision] + 2 * torch.finfo(dtype).eps * self.tokens.abs().max().item()
+        assert error <= allowed, f"{precision}: error {error:.3g}, allowed {allowed:.3g}"
+        return error
 
     def plain_error(self, precision: str) -> float:
         """The same of plain PyTorch in float32, or under bfloat16 autocast."""

@@ -108,8 +108,9 @@ TF_EXPORT int tf_plan_create(const tf_block* block, tf_plan** plan);
 // TF_NOT_FINITE: tensor number *bad holds NaN or infinity, and the plan must not be used. No run may use it meanwhile.
 TF_EXPORT int tf_plan_pack(tf_plan* plan, const void* const* tensors, int dtype, int threads, int64_t* bad);
 
-// The plan is kept for a later tf_plan_pack: until then the system may take its memory back, page by page.
-TF_EXPORT void tf_plan_rest(tf_plan* plan);
+// The plan is kept for a later tf_plan_pack: until then the system may take its memory back, page by page. 1 if it may,
+// 0 where that is not worth it or not possible.
+TF_EXPORT int tf_plan_rest(tf_plan* plan);
 TF_EXPORT void tf_plan_destroy(tf_plan* plan);
 
 // Bytes of a workspace for passes of `rows` rows (twice the batch under guidance) of `window` tokens each on up to
@@ -117,7 +118,7 @@ TF_EXPORT void tf_plan_destroy(tf_plan* plan);
 TF_EXPORT int64_t tf_workspace_bytes(const tf_block* block, int64_t rows, int64_t window, int threads);
 TF_EXPORT int tf_workspace_create(const tf_block* block, int64_t rows, int64_t window, int threads,
                                   tf_workspace** workspace);
-TF_EXPORT void tf_workspace_rest(tf_workspace* workspace);  // likewise, until the next run
+TF_EXPORT int tf_workspace_rest(tf_workspace* workspace);  // likewise, until the next run
 TF_EXPORT void tf_workspace_destroy(tf_workspace* workspace);
 
 // The inversion of a batch. Engine rows: row b of the batch, or under guidance rows 2b (conditional) and 2b + 1 (unguided).

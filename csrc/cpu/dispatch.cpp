@@ -144,7 +144,7 @@ int tf_plan_pack(tf_plan* plan, const void* const* tensors, int dtype, int threa
     return chosen->plan_pack(plan, tensors, dtype, tf::usable(threads), bad);
 }
 
-void tf_plan_rest(tf_plan* plan) { chosen->plan_rest(plan); }
+int tf_plan_rest(tf_plan* plan) { return chosen->plan_rest(plan); }
 void tf_plan_destroy(tf_plan* plan) { chosen->plan_destroy(plan); }
 
 int64_t tf_workspace_bytes(const tf_block* block, int64_t rows, int64_t window, int threads) {
@@ -155,7 +155,7 @@ int tf_workspace_create(const tf_block* block, int64_t rows, int64_t window, int
     return chosen->workspace_create(block, rows, window, threads, workspace);
 }
 
-void tf_workspace_rest(tf_workspace* workspace) { chosen->workspace_rest(workspace); }
+int tf_workspace_rest(tf_workspace* workspace) { return chosen->workspace_rest(workspace); }
 void tf_workspace_destroy(tf_workspace* workspace) { chosen->workspace_destroy(workspace); }
 
 int tf_invert(const tf_plan* plan, tf_workspace* workspace, const tf_inversion* inversion, int64_t* stage,

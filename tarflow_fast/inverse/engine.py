@@ -89,9 +89,10 @@ class Engine:
             weights = inspect(block)
             if isinstance(weights, str):
                 raise RuntimeError(f"block_inverse: the native engine cannot take this block: {weights}")
-        if self.clock is not None and self.clock.shape != (native.threads(), len(PARTS)):
-            expected = native.threads(), len(PARTS)
-            raise ValueError(f"block_inverse: clock must have shape {expected}, got {tuple(self.clock.shape)}")
+        threads, clock = native.threads(), self.clock
+        if clock is not None and (clock.shape != (threads, len(PARTS)) or clock.dtype != torch.float64):
+            got = f"{tuple(clock.shape)} of {clock.dtype}"
+            raise ValueError(f"block_inverse: clock must be {(threads, len(PARTS))} of torch.float64, got {got}")
         sizes, share = Sizes.of(block, weights, self.precision), 2 if guidance.active else 1
         group = self._group(sizes, B, share)
         if self._plan is None or self._plan.sizes.key() != sizes.key():
@@ -100,9 +101,9 @@ class Engine:
         self._plan.pack(weights)
         space = self._workspace
         fits = space is not None and space.sizes.key() == sizes.key() and space.rows >= group * share
-        if not fits or space.threads < native.threads():
+        if not fits or space.threads < threads:
             self._workspace = None
-            self._workspace = Workspace.of(sizes, group * share, 1, native.threads())
+            self._workspace = Workspace.of(sizes, group * share, 1, threads)
 
         z32 = z.detach().to(torch.float32).contiguous()
         x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64, device="cpu")
@@ -120,16 +121,18 @@ class Engine:
             pointers.append(None if self.clock is None else native.pointer(self.clock))
             what = "a" in guidance.what, "b" in guidance.what
             job = _Inversion(*pointers, end - begin, *what, guidance.annealed, block.flip, self.split)
-            self._run(job, on_token, number, groups)
+            self._run(job, on_token, number, groups, threads)
         return x.to(z.dtype), log_det.to(torch.float32)
 
-    def _run(self, job: _Inversion, on_token: Callable[[], None] | None, number: int, groups: int) -> None:
+    def _run(
+        self, job: _Inversion, on_token: Callable[[], None] | None, number: int, groups: int, threads: int
+    ) -> None:
         plan, tokens, stages = self._plan, self._plan.sizes.tokens - 1, self._plan.sizes.layers + 2
         stage, told = ctypes.c_int64(0), tokens * number // groups  # of a block's tokens, over all groups
         run, arguments = plan.library.tf_invert, (ctypes.byref(job), ctypes.byref(stage))
         while True:
             # returns every SECONDS: this loop is where Python sees Ctrl-C
-            status = run(plan.handle, self._workspace.handle, *arguments, SECONDS, native.threads())
+            status = run(plan.handle, self._workspace.handle, *arguments, SECONDS, threads)
             native.check(status, "block_inverse")
             if on_token is not None:
                 solved = (tokens * number + stage.value // stages) // groups

@@ -88,9 +88,10 @@ class _Native:
         """Keep it for the next call, which owns it from then on; or give its memory back."""
         _spares.put(self)
 
-    def rest(self) -> None:
-        """What it holds may be lost from now on, its memory going back to a system that runs short of it."""
-        getattr(self.library, self._rest)(self.handle)
+    def rest(self) -> bool:
+        """From now on what it holds may be lost, its memory going back to a system that runs short of it; whether that
+        is so (not for small ones, nor on every system)."""
+        return bool(getattr(self.library, self._rest)(self.handle))
 
     def close(self) -> None:
         """Give the memory back; further use raises ValueError."""
@@ -104,10 +105,10 @@ class _Native:
 class _Spares:
     """Memory of finished calls, kept for the next of the same sizes: a small block is inverted in the time that fresh
     pages take, and packing 230 MB into fresh pages of a virtual machine took 250 ms, into these 22. Only memory is
-    kept, and the system may take it back when it runs short: a plan is packed anew by every call, a workspace holds
-    nothing a run reads."""
+    kept: a plan is packed anew by every call, a workspace holds nothing a run reads. What is large the system may take
+    back when it runs short of memory; the rest is kept up to a smaller sum."""
 
-    LIMIT = 1 << 30  # bytes in all
+    LIMITS = {True: 1 << 30, False: 1 << 26}  # bytes of what can be taken back, and of what cannot
 
     def __init__(self) -> None:
         # reentrant: the collector may run an Engine's __del__, which puts, inside take or put
@@ -115,19 +116,21 @@ class _Spares:
 
     def take(self, kind: type[_Native], key: tuple[int, ...]) -> _Native | None:
         with self._lock:
-            for thing in list(self._kept):
-                if type(thing) is kind and thing.key == key and thing.usable:
-                    self._kept = [kept for kept in self._kept if kept is not thing]
-                    return thing
+            for pair in self._kept:
+                if type(pair[0]) is kind and pair[0].key == key and pair[0].usable:
+                    self._kept = [kept for kept in self._kept if kept is not pair]
+                    return pair[0]
         return None
 
     def put(self, thing: _Native) -> None:
         with self._lock:
-            if thing.usable and thing.bytes <= self.LIMIT:
-                thing.rest()
-                self._kept.append(thing)
-            while sum(kept.bytes for kept in self._kept) > self.LIMIT:
-                self._kept.pop(0)  # the oldest; its memory goes back with it
+            if not thing.usable:
+                return
+            rests = thing.rest()
+            alike = [kept for kept, kept_rests in self._kept if kept_rests == rests] + [thing]
+            while sum(kept.bytes for kept in alike) > self.LIMITS[rests]:
+                alike.pop(0)  # the oldest; its memory goes back with it
+            self._kept = [pair for pair in self._kept if pair[1] != rests] + [(kept, rests) for kept in alike]
 
 
 _spares = _Spares()

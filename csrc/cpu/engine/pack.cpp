@@ -95,8 +95,9 @@ struct Packer {
             else
                 memset(read[i], 0, sizeof read[i]);
         const int64_t left = (m.inputs - k) / A_WORD, lines = left < 16 ? left : 16, at = panel * m.inputs * PANEL;
-        uint32_t* packed = static_cast<uint32_t*>(m.weights) + (at + k * PANEL) / A_WORD + c;
-        if (S != STORE_INT8 && lines == 16) return transpose16(read[0], 16, packed, PANEL);
+        uint32_t* packed =
+            S == STORE_INT8 ? nullptr : static_cast<uint32_t*>(m.weights) + (at + k * PANEL) / A_WORD + c;
+        if (packed && lines == 16) return transpose16(read[0], 16, packed, PANEL);
         transpose16(read[0], 16, turned[0], 16);
         for (int64_t j = 0; j < lines; ++j)
             if (S == STORE_INT8)

@@ -68,9 +68,9 @@ int plan_create(const tf_block* block, tf_plan** out) {
     return TF_OK;
 }
 
-void plan_rest(tf_plan* plan) {
+int plan_rest(tf_plan* plan) {
     const Plan* p = reinterpret_cast<Plan*>(plan);
-    rest(p->memory, p->header, p->bytes);
+    return rest(p->memory, p->header, p->bytes);
 }
 
 void plan_destroy(tf_plan* plan) {

@@ -33,11 +33,12 @@ bool make_shape(const tf_block& b, Shape* s) {
 }
 
 #if defined(__linux__)
+constexpr int64_t HUGE_PAGE = int64_t(2) << 20;
+
 void* allocate(int64_t bytes) {
-    const int64_t huge = int64_t(2) << 20;
     void* memory = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return nullptr;
-    if (bytes >= huge) madvise(memory, size_t(bytes), MADV_HUGEPAGE);
+    if (bytes >= HUGE_PAGE) madvise(memory, size_t(bytes), MADV_HUGEPAGE);
     return memory;
 }
 
@@ -45,11 +46,11 @@ void release(void* memory, int64_t bytes) {
     if (memory) munmap(memory, size_t(bytes));
 }
 
-void rest(void* memory, int64_t header, int64_t bytes) {
-    const int64_t huge = int64_t(2) << 20;
-    if (bytes < 8 * huge) return;  // the call would cost more than the memory is worth
-    const int64_t first = round_up(int64_t(memory) + header, huge), end = (int64_t(memory) + bytes) / huge * huge;
-    madvise(reinterpret_cast<void*>(first), size_t(end - first), MADV_FREE);
+bool rest(void* memory, int64_t header, int64_t bytes) {
+    if (bytes < 8 * HUGE_PAGE) return false;  // the call would cost more than the memory is worth
+    const int64_t first = round_up(int64_t(memory) + header, HUGE_PAGE);
+    const int64_t end = (int64_t(memory) + bytes) / HUGE_PAGE * HUGE_PAGE;
+    return madvise(reinterpret_cast<void*>(first), size_t(end - first), MADV_FREE) == 0;
 }
 #else
 void* allocate(int64_t bytes) {
@@ -60,7 +61,7 @@ void* allocate(int64_t bytes) {
 
 void release(void* memory, int64_t) { free(memory); }
 
-void rest(void*, int64_t, int64_t) {}
+bool rest(void*, int64_t, int64_t) { return false; }
 #endif
 
 }  // namespace tf::TF_ISA

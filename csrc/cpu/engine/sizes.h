@@ -84,7 +84,7 @@ bool make_shape(const tf_block& block, Shape* shape);
 void* allocate(int64_t bytes);
 void release(void* memory, int64_t bytes);
 // Bytes header .. bytes may be taken by whoever is short of memory until they are written again: then they keep their
-// values or are zero.
-void rest(void* memory, int64_t header, int64_t bytes);
+// values or are zero. False where nothing was done.
+bool rest(void* memory, int64_t header, int64_t bytes);
 
 }  // namespace tf::TF_ISA

@@ -26,7 +26,7 @@ struct Barrier {
     alignas(64) uint32_t arrived = 0;
     alignas(64) uint32_t epoch = 0;
     uint32_t sleepers = 0;
-    int64_t lost = 0;  // nanoseconds waited for threads that were not even running, by all together
+    int64_t lost = 0;  // nanoseconds slept, by all together: the others were not even running
 
     void wait(int size) {
         if (size == 1) return;
@@ -41,8 +41,8 @@ struct Barrier {
             if (__atomic_load_n(&epoch, __ATOMIC_ACQUIRE) != now) return;
             pause();
         }
-        const double start = seconds();
         for (int yield = 0; yield < 256 && __atomic_load_n(&epoch, __ATOMIC_ACQUIRE) == now; ++yield) sched_yield();
+        const double start = seconds();
         __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
         while (__atomic_load_n(&epoch, __ATOMIC_SEQ_CST) == now) sleep_while(now);
         __atomic_sub_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);

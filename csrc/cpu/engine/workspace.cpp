@@ -67,9 +67,9 @@ bool fits(const Shape& s, const Workspace& w, int64_t rows, int64_t window) {
            s.precision == o.precision && rows <= w.rows && window <= w.window;
 }
 
-void workspace_rest(tf_workspace* workspace) {
+int workspace_rest(tf_workspace* workspace) {
     const Workspace* w = reinterpret_cast<Workspace*>(workspace);
-    rest(w->memory, w->header, w->bytes);
+    return rest(w->memory, w->header, w->bytes);
 }
 
 void workspace_destroy(tf_workspace* workspace) {
