@@ -78,9 +78,12 @@ def run(piece, record, budget):
         return
     print(f"{budget.spent():5.0f} s  {piece.what}", flush=True)
     before = signal.signal(signal.SIGALRM, _stop)
-    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
-        piece.work()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, limit)
+            piece.work()
+        finally:  # in here, so that an alarm at the last moment still finds its handler below
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except TooLong:
         _not_done(piece, record, f"not done after {limit:.0f} s")
     except Exception as error:  # the next piece may still run, and a piece of ours that cannot is a failed check
@@ -91,7 +94,6 @@ def run(piece, record, budget):
         else:
             record.check(piece.what, False, said)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 

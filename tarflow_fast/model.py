@@ -198,7 +198,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             differentiable: keep an autograd graph (memory grows with T^2); without it the result carries no gradient.
             nonfinite: what to do when a row overflows: 'warn' (and return it), 'raise' NonFiniteError, or 'ignore'.
             progress: show a progress bar over all tokens of all blocks.
-            precision: 'fp32', 'bf16' or 'int8' of the native CPU engine (tarflow_fast/inverse/engine.py); None: that of
+            precision: 'fp32', 'bf16' or 'int8' (native CPU engine only), where an engine computes in it; None: that of
                 the parameters, bf16 under autocast(bfloat16).
             memory_limit: bytes the engine may take, CPU or GPU (a larger batch is inverted in parts, with the same
                 bits); None: most of what the machine has left.

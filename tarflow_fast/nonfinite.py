@@ -63,12 +63,12 @@ class NonFinite:
     def warn(self) -> None:
         """Warn, if anything was found; called by the function the user called."""
         if self.count:
-            warnings.warn(self._message(), RuntimeWarning, stacklevel=3)
+            change = "nonfinite='raise' or 'ignore' changes this warning"
+            warnings.warn(f"{self._message()} ({change})", RuntimeWarning, stacklevel=3)
 
     def _message(self) -> str:
         rows = f"{self.rows} rows" if self.seen == self.rows else f"the first {self.seen} of {self.rows} rows"
-        change = "nonfinite='raise' or 'ignore' changes this warning"
-        return f"{self.where}: {self.count} of {rows} are not finite, {self.place} ({change})"
+        return f"{self.where}: {self.count} of {rows} are not finite, {self.place}"
 
 
 def bad_rows(part: Tensor) -> Tensor:

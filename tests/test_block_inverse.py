@@ -265,7 +265,7 @@ def test_the_engine_steps_aside_and_says_why(name, untold):
     z = torch.randn(2, 21, 6, dtype=block.pos_embed.dtype)
     with pytest.raises(RuntimeError, match="block_inverse: backend 'cpu' cannot run: "):
         invert_block(block, z, None, Guidance(), InverseCall("cpu"))
-    with pytest.raises(RuntimeError, match="precision 'int8' needs the native CPU engine: "):
+    with pytest.raises(RuntimeError, match="precision 'int8' needs an engine that computes in it: "):
         invert_block(block, z, None, Guidance(), InverseCall(precision="int8"))
     if name not in ("mixed dtypes", "a forward of its own"):  # those run nowhere
         float64 = name == "float64"  # no precision of the engine's: nothing about this block to warn of

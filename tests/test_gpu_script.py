@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -106,6 +107,24 @@ def test_pieces(kind, seconds, left, work, failed, skipped, script, tmp_path):
     assert time.monotonic() - begun < 10
     assert [check["detail"] for check in record.checks if not check["ok"]] == failed and record.ok == (not failed)
     assert [skip["why"] for skip in record.skipped] == skipped
+
+
+@pytest.mark.parametrize("work", [lambda: None, fails])
+def test_an_alarm_at_the_last_moment(work, script, tmp_path, monkeypatch):
+    """It ends the piece, never the run."""
+    gpu, gpu_record = script
+    setitimer, before = signal.setitimer, signal.getsignal(signal.SIGALRM)
+
+    def disarm_too_late(timer, seconds):
+        setitimer(timer, seconds)
+        if seconds == 0:
+            raise gpu.TooLong
+
+    monkeypatch.setattr(signal, "setitimer", disarm_too_late)
+    record = gpu_record.Record(tmp_path, {})
+    gpu.run(gpu.Piece("time", "it", 1, work), record, Seconds(100))
+    assert [skip["why"] for skip in record.skipped] == ["not done after 40 s"]
+    assert signal.getsignal(signal.SIGALRM) is before
 
 
 @needs_triton

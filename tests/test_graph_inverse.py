@@ -18,7 +18,7 @@ from tarflow_fast import reference
 from tarflow_fast.block import MetaBlock
 from tarflow_fast.inverse import Guidance, InverseCall, invert_block
 from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph, prepare_graph, why_not_graph
-from tarflow_fast.ops.registry import triton_missing, triton_refuses
+from tarflow_fast.ops.registry import triton_missing, triton_refuses, warn_once
 
 GUIDED = Guidance(1.5, "ab", attn_temp=0.6)
 ANNEALED = Guidance(0.8, "a", attn_temp=1.7, annealed=True)
@@ -332,6 +332,12 @@ def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch, untold):
         warnings.simplefilter("error")  # once: the next block, or call, says nothing
         invert_block(block, z, None, Guidance())
     assert same_bits(x, invert_block(block, z, None, Guidance(), InverseCall("torch"))[0])
+    said = r"^block_inverse: precision 'fp32' needs an engine that computes in it: out of shared memory$"
+    warn_once.cache_clear()
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match=said) as raised:
+        warnings.simplefilter("error")  # nothing is inverted on 'torch' instead
+        invert_block(block.half(), z.half(), None, Guidance(), InverseCall(precision="fp32"))
+    assert str(raised.value.__cause__) == "out of shared memory"
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")

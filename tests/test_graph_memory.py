@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from compare import same_bits
 from test_graph_inverse import GUIDED, make_block, no_grad, noise, triton_device  # noqa: F401
 
 from tarflow_fast.inverse import Guidance, InverseCall, graph, invert_block
-from tarflow_fast.inverse.graph import GraphWorkspace, available_memory, invert_graph, prepare_graph, rows_together
+from tarflow_fast.inverse.graph import GraphWorkspace, device_memory_left, invert_graph, prepare_graph, rows_together
 
 ROWS, TOKENS = 7, 3
 
@@ -77,7 +78,7 @@ def test_one_row_over_the_limit(triton_device, monkeypatch):  # noqa: F811
 def test_the_default_limit_is_what_the_device_has_left(triton_device, monkeypatch):  # noqa: F811
     block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
     asked = []
-    monkeypatch.setattr(graph, "available_memory", lambda device: asked.append(device) or bytes_of(block, 4))
+    monkeypatch.setattr(graph, "device_memory_left", lambda device: asked.append(device) or bytes_of(block, 4))
     assert prepare_graph(block, z, Guidance()).B == ROWS and not asked, "so little is taken without a look"
     monkeypatch.setattr(graph, "_UNCHECKED", 0)
     workspace = prepare_graph(block, z, Guidance())
@@ -88,16 +89,30 @@ def test_the_default_limit_is_what_the_device_has_left(triton_device, monkeypatc
     assert prepare_graph(block, z, Guidance(), memory_limit=bytes_of(block, ROWS)).B == ROWS, "a limit given counts"
 
 
+@pytest.mark.interpreter
+def test_a_workspace_that_does_not_fit_is_released_before_the_next_is_sized(triton_device, monkeypatch):  # noqa: F811
+    block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
+    old = prepare_graph(block, z, Guidance())
+    cache, alive = weakref.ref(old.cache), []
+    monkeypatch.setattr(graph, "rows_together", lambda *given: alive.append(cache()) or rows_together(*given))
+    assert prepare_graph(block, z, Guidance(), old) is old and not alive
+    new = prepare_graph(block, z[:2], Guidance(), old)
+    assert alive == [None] and new.B == 2
+    with pytest.raises(ValueError, match=r"^invert_graph: workspace must be one of this block's shapes"):
+        invert_graph(block, z, None, Guidance(), old)
+    assert prepare_graph(block, z, Guidance(), old).B == ROWS, "one released fits no call"
+
+
 def test_what_a_gpu_has_left(monkeypatch):
     """Nine tenths of what is free and of what PyTorch's own cache would give back."""
     figures = {"mem_get_info": (1000, 5000), "memory_reserved": 700, "memory_allocated": 200}
     devices = []
     for name, value in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: devices.append(device) or value)
-    assert available_memory(torch.device("cuda", 1)) == 1350
+    assert device_memory_left(torch.device("cuda", 1)) == 1350
     assert set(devices) == {torch.device("cuda", 1)}
 
 
 def test_what_a_cpu_has_left():
-    left = available_memory(torch.device("cpu"))
+    left = device_memory_left(torch.device("cpu"))
     assert left is None or 0 < left < 2**50

@@ -96,7 +96,13 @@ def test_blocks_left_to_pytorch_are_listed_with_the_reason(untold, monkeypatch):
     rows = info.blocks(model)
     assert [row["inverse"] for row in rows] == ["cpu", "none", "none"]
     assert rows[1]["inverse_reason"] == f"block_inverse: backend 'cpu' cannot run: {REASONS[1]}"
+    asked = {"backend 'torch' was asked for"}
+    model.backend = "torch"
+    assert {row["inverse_reason"] for row in info.blocks(model)} == asked
     model.backend = "auto"
+    with monkeypatch.context() as environment:
+        environment.setenv("TARFLOW_FAST_BACKEND", "torch")
+        assert {row["inverse_reason"] for row in info.blocks(model)} == asked
     model.double()
     assert {row["inverse_reason"] for row in info.blocks(model)} == {"z is a Tensor of torch.float64"}
     monkeypatch.setattr(native, "_load", lambda: native.NativeUnavailable("no compiler was found"))

@@ -38,6 +38,7 @@ CASES = {
     "a wide limit": (V2, group("user.slice__job", 40 * GIB, 3 * GIB), 10 * GIB),
     "a limit above": (V2, group("user.slice__job", "max", GIB) | group("user.slice", 8 * GIB, 5 * GIB), 3 * GIB),
     "file cache": (V2, group("user.slice__job", 4 * GIB, 3 * GIB, f"anon 7\ninactive_file {2 * GIB}\n"), 3 * GIB),
+    "a blank line": (V2, group("user.slice__job", 4 * GIB, 3 * GIB, f"anon 7\n\ninactive_file {GIB}\n"), 2 * GIB),
     "past the limit": (V2, group("user.slice__job", 4 * GIB, 5 * GIB), 0),
     "in a container": ("0::/\n", {"memory.max": 2 * GIB, "memory.current": GIB}, GIB),
     "the host's path": ("0::/docker/abc\n", {"memory.max": 2 * GIB, "memory.current": GIB}, GIB),

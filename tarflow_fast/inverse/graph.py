@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tarflow_fast.inverse.eligibility import inspect
 from tarflow_fast.inverse.guidance import Guidance
+from tarflow_fast.inverse.memory import available_memory
 from tarflow_fast.ops.registry import triton_missing, triton_refuses
 
 if TYPE_CHECKING:
@@ -146,6 +147,12 @@ class GraphWorkspace:
         own = [value for value in vars(self).values() if isinstance(value, Tensor)]
         return own + list(self.scratch.values()) + list(self.weights.values())
 
+    def release(self) -> None:
+        """Give the memory back, whoever holds the workspace; it then fits no call."""
+        dtype = self.dtype
+        vars(self).clear()
+        self.key, self.dtype = None, dtype
+
     def load(self, block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance) -> None:
         """Everything the steps of one block need; copies on the device, no synchronisation."""
         self.load_weights(block)
@@ -261,7 +268,7 @@ def rows_together(
         return GraphWorkspace(block, rows, guided, dtype, batch=B, device="meta")
 
     whole = describe(B).nbytes
-    limit = available_memory(block.pos_embed.device) if memory_limit is None and whole > _UNCHECKED else memory_limit
+    limit = device_memory_left(block.pos_embed.device) if memory_limit is None and whole > _UNCHECKED else memory_limit
     if limit is None or whole <= limit:
         return B, whole
     one = describe(1)
@@ -279,12 +286,10 @@ def rows_together(
     return rows, describe(rows).nbytes
 
 
-def available_memory(device: torch.device) -> int | None:
+def device_memory_left(device: torch.device) -> int | None:
     """Nine tenths of what the GPU has free and what PyTorch holds of it unused; of the host's memory on the CPU."""
     if device.type != "cuda":
-        from tarflow_fast.inverse.engine import available_memory as of_the_host
-
-        return of_the_host()
+        return available_memory()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (torch.cuda.mem_get_info(device)[0] + unused) * 9 // 10
 
@@ -299,6 +304,8 @@ def prepare_graph(
 ) -> GraphWorkspace:
     """A workspace for this call: the one given if it fits, else a new one, its kernels compiled and its graph captured.
 
+    One given that does not fit is released, since both may not fit the device.
+
     Raises:
         MemoryError: one row alone needs more than `memory_limit` (`rows_together`).
         Whatever Triton's compiler, the driver or the allocator raise.
@@ -306,6 +313,8 @@ def prepare_graph(
     B, dtype = z.size(0), storage_dtype(z, precision)
     key = GraphWorkspace.describe(block, B, guidance.active, dtype)
     if workspace is None or workspace.key != key:
+        if workspace is not None:
+            workspace.release()
         group = rows_together(block, B, guidance.active, dtype, memory_limit)[0] if B > 0 else 0
         workspace = GraphWorkspace(block, group, guidance.active, dtype, batch=B)
         if B > 0:

@@ -57,9 +57,9 @@ def _left(folder: Path, limit: str, usage: str, reclaimable: str) -> Iterator[in
 
 def _table(path: Path) -> Iterator[tuple[str, int]]:
     for line in _read(path).splitlines():
-        name, *values = line.split()
-        if values and values[0].isdigit():
-            yield name, int(values[0])
+        words = line.split()
+        if len(words) > 1 and words[1].isdigit():
+            yield words[0], int(words[1])
 
 
 def _read(path: Path) -> str:

@@ -39,7 +39,7 @@ from tarflow_fast.ops.registry import (
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
 
-__all__ = ["Path", "block_inverse", "find_path"]
+__all__ = ["InversePath", "block_inverse", "find_path"]
 
 OnToken = Callable[[], None] | None
 
@@ -81,12 +81,11 @@ def block_inverse(
         except Exception as error:  # Triton's compiler and the driver raise what they like
             if asked_for(call.backend) == "triton":
                 raise
+            _check_precision(block, z, call, str(error), error)
             warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
         else:
             return _invert_triton(block, z, y, guidance, call, on_token)
-    if call.precision not in (None, _torch_precision(block, z)):
-        reason = path.reason or "it was not chosen"
-        raise RuntimeError(f"block_inverse: precision {call.precision!r} needs the native CPU engine: {reason}")
+    _check_precision(block, z, call, path.reason or "none was chosen")
     if path.aside and not call.told:
         call.told = True  # one block is named; the others, for the same reason or another, are in `info.blocks`
         warn_once(
@@ -96,11 +95,12 @@ def block_inverse(
     return _invert_torch(block, z, y, guidance, call, on_token)
 
 
-class Path(NamedTuple):
+class InversePath(NamedTuple):
     """How one block is inverted in one call.
 
     backend: "torch", "cpu" or "triton".  first: the backend the op's table chose, and reason: why it cannot take this
-    block in this call, "" when it does.  aside: that the reason lies in the block itself.  weights: for the engine.
+    block in this call, "" when it does; or that "torch" was asked for.  aside: that it was the block, looked at for
+    this call (its precision, say), which `first` would not take, and not the call alone.  weights: for the engine.
     """
 
     backend: str
@@ -110,26 +110,27 @@ class Path(NamedTuple):
     weights: Weights | None = None
 
 
-def find_path(block: MetaBlock, z: Tensor, call: InverseCall) -> Path:
+def find_path(block: MetaBlock, z: Tensor, call: InverseCall) -> InversePath:
     """The path `block_inverse` takes for such arguments; of z only type, dtype, layout and device are looked at.
 
     Raises:
+        ValueError: there is no backend of that name.
         RuntimeError: the backend asked for by name cannot run; the reason is named.
     """
     first = _OP.resolve_name(call.backend, z.device, z.dtype)
     if first == "torch":
-        return Path(first, first)
+        return InversePath(first, first, "backend 'torch' was asked for" if asked_for(call.backend) == first else "")
     objection = call_reason(z, call)
     if not objection:
         found = inspect(block) if first == "cpu" else why_not_graph(block, z, call.precision)
         if isinstance(found, Weights):
-            return Path(first, first, weights=found)
+            return InversePath(first, first, weights=found)
         if not found:
-            return Path(first, first)
+            return InversePath(first, first)
     reason = objection or found
     if asked_for(call.backend) == first:
         raise RuntimeError(f"block_inverse: backend {first!r} cannot run: {reason}")
-    return Path("torch", first, reason, aside=not objection)
+    return InversePath("torch", first, reason, aside=not objection)
 
 
 def call_reason(z: Tensor, call: InverseCall) -> str:
@@ -148,6 +149,16 @@ def _torch_precision(block: MetaBlock, z: Tensor) -> str:
     if torch.is_autocast_enabled(z.device.type):
         return "bf16" if torch.get_autocast_dtype(z.device.type) == torch.bfloat16 else "fp16"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(block.pos_embed.dtype, "fp32")
+
+
+def _check_precision(
+    block: MetaBlock, z: Tensor, call: InverseCall, reason: str, cause: Exception | None = None
+) -> None:
+    """Raise where PyTorch would not compute in the precision asked for; reason: why no engine does."""
+    if call.precision not in (None, _torch_precision(block, z)):
+        raise RuntimeError(
+            f"block_inverse: precision {call.precision!r} needs an engine that computes in it: {reason}"
+        ) from cause
 
 
 def _invert_torch(
