@@ -221,8 +221,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         with (
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
             _progress_bar(K * (T - 1)) if progress else nullcontext() as bar,
+            InverseCall(self.backend, precision, differentiable, memory_limit, self.blocks) as call,
         ):
-            call = InverseCall(self.backend, precision, differentiable, memory_limit, self.blocks)
             stages = [x]
             tokens = x * self.var.sqrt()
             for block in reversed(self.blocks):

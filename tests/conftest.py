@@ -4,6 +4,7 @@ pytest --device cuda    runs the tests that take `device` on the GPU
 """
 
 import os
+import signal
 import zlib
 
 import pytest
@@ -12,6 +13,10 @@ import torch
 # The workers of pytest-xdist share the cores: threads that wait for one another's cores wait whole time slices.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+# Started in the background of a script, a process ignores Ctrl-C, and so do its children: tests that send one would wait.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

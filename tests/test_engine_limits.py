@@ -194,14 +194,17 @@ from tarflow_fast.inverse.engine import Engine
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def invert():
-    return Engine("fp32").invert(block, z, None, Guidance())[0]
+    engine = Engine("fp32")
+    x = engine.invert(block, z, None, Guidance())[0]
+    assert engine._plan.handle.value == places[0][0], "the plan put aside was not taken"
+    return x
 block = MetaBlock(12, 512, 8, num_layers=4).eval()
 torch.nn.init.normal_(block.proj_out.weight, std=0.01)
 z = torch.randn(64, 8, 12)
 engine = Engine("fp32")
 first = engine.invert(block, z, None, Guidance())[0]
 places = [(thing.handle.value, thing.bytes) for thing in (engine._plan, engine._workspace)]
-del engine  # its memory is put aside
+engine.close()  # its memory is put aside
 before = resident()
 for at, size in places:
     at = -(-at // 4096) * 4096

@@ -142,8 +142,11 @@ class Engine:
             if stage.value >= tokens * stages:
                 return
 
-    def __del__(self) -> None:
-        for thing in (getattr(self, "_plan", None), getattr(self, "_workspace", None)):
+    def close(self) -> None:
+        """Puts the memory aside for a later engine; without it the memory goes back with the object."""
+        things = self._plan, self._workspace
+        self._plan = self._workspace = None
+        for thing in things:
             if thing is not None:
                 thing.put_aside()
 

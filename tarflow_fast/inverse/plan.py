@@ -111,7 +111,7 @@ class _Spares:
     LIMITS = {True: 1 << 30, False: 1 << 26}  # bytes of what can be taken back, and of what cannot
 
     def __init__(self) -> None:
-        # reentrant: the collector may run an Engine's __del__, which puts, inside take or put
+        # reentrant: a signal handler, or what the collector runs, may invert inside take or put
         self._lock, self._kept = threading.RLock(), []
 
     def take(self, kind: type[_Native], key: tuple[int, ...]) -> _Native | None:

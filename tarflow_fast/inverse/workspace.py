@@ -48,6 +48,14 @@ class InverseCall:
         self._engine: Engine | None = None
         self.graph: GraphWorkspace | None = None
 
+    def __enter__(self) -> InverseCall:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """The call is over. Not left to __del__: Python drops a Ctrl-C that comes inside one."""
+        if self._engine is not None:
+            self._engine.close()
+
     def name_of(self, block: nn.Module) -> str:
         """What a message calls the block."""
         return next((f"block {number}" for number, each in enumerate(self.blocks) if each is block), "a block")
