@@ -7,7 +7,7 @@ keys and values of the tokens before it. T - 1 steps, since the last token needs
     cache     2 C L R (i + 1) numbers read at step i, 2 C L R written
     FLOPs     2 R (weights) + 4 C L R (i + 1)
 
-proj_in and proj_out are float32 in every precision.
+The CPU engine keeps proj_in and proj_out in float32 in every precision, the GPU in the storage type (end_size).
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ class Cost:
         return max(self.bytes / bandwidth, self.flops / flops)
 
 
-def part_costs(workload: Workload, B: int, guided: bool, precision: str = "fp32") -> dict[str, Cost]:
-    """What each part of the passes costs, under the names of the engine's clock."""
+def part_costs(workload: Workload, B: int, guided: bool, precision: str = "fp32", end_size: int = 4) -> dict[str, Cost]:
+    """What each part of the passes costs, under the names of the engine's clock.
+
+    end_size: bytes of a weight of proj_in and proj_out.
+    """
     C, D, L, T, K = (
         workload.channels,
         workload.D,
@@ -50,15 +53,15 @@ def part_costs(workload: Workload, B: int, guided: bool, precision: str = "fp32"
     ends = {"proj_in": C * D, "proj_out": 2 * C * D}
     costs = {
         part: Cost(K * steps * n * size, 0.0, K * steps * n * 2 * R)
-        for weights, size in ((layers, weight_size), (ends, 4))
+        for weights, size in ((layers, weight_size), (ends, end_size))
         for part, n in weights.items()
     }
     costs["attention"] = Cost(0.0, K * 2 * C * L * R * (reads + steps) * cache_size, K * 4 * C * L * R * reads)
     return costs
 
 
-def inverse_cost(workload: Workload, B: int, guided: bool, precision: str = "fp32") -> Cost:
-    costs = part_costs(workload, B, guided, precision).values()
+def inverse_cost(workload: Workload, B: int, guided: bool, precision: str = "fp32", end_size: int = 4) -> Cost:
+    costs = part_costs(workload, B, guided, precision, end_size).values()
     return Cost(*(sum(getattr(cost, name) for cost in costs) for name in ("weight_bytes", "cache_bytes", "flops")))
 
 

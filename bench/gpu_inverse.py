@@ -63,7 +63,8 @@ class Inverse:
         self.record.check(f"inverse {self.name} {self.about['dtype']}{' guided' if guided else ''}", worst <= 1, said)
 
     def cost(self, B, guided):
-        return inverse_cost(self.workload, B, guided, "bf16" if self.dtype == torch.bfloat16 else "fp32")
+        precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        return inverse_cost(self.workload, B, guided, precision, self.dtype.itemsize)
 
     def row(self, variant, B, guided, times, **more):
         cost = self.cost(B, guided)
@@ -138,7 +139,7 @@ def whole_sample(name, timer, record, dtype, B, guided, tiny=False):
     def run():
         return model.sample(B, **arguments, seed=0, precision=precision, nonfinite="ignore")
 
-    cost = inverse_cost(workload, B, guided, precision)
+    cost = inverse_cost(workload, B, guided, precision, dtype.itemsize)
     record.row(
         "whole sample", f"{workload.num_blocks} blocks", "ours", timer.milliseconds(run, 1, 0 if tiny else 1),
         moved=cost.bytes, flops=cost.flops, model=name, B=B, guided=guided, dtype=str(dtype).removeprefix("torch."),

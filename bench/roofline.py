@@ -21,7 +21,7 @@ def rows():
         steps = BLOCKS * (workload.T - 1)
         for B in BATCHES:
             for guided in (False, True):
-                cost = inverse_cost(workload, B, guided, "bf16")
+                cost = inverse_cost(workload, B, guided, "bf16", end_size=2)
                 floors = {peak: cost.floor(*limits) for peak, limits in PEAKS.items()}
                 yield {
                     "model": name,

@@ -14,7 +14,8 @@ import torch
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
-# Started in the background of a script, a process ignores Ctrl-C, and so do its children: tests that send one would wait.
+# Started in the background of a script, a process ignores Ctrl-C, and so do its children: tests that send one would
+# wait.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
