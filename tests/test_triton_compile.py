@@ -1,8 +1,6 @@
 """Every Triton kernel compiles for sm_80 and sm_90 without a GPU: no spills, little shared memory, wide loads."""
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +9,9 @@ from cases import AFFINE_CASES
 from tarflow_fast.ops.affine import DTYPES
 
 triton = pytest.importorskip("triton")
+from step_compile import SHARED_LIMIT, resources  # noqa: E402
+
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
 def compile_kernel(kernel, arch, pointers, integers, constants, num_warps=4, num_stages=3, floats=(), aligned=()):
@@ -35,15 +34,6 @@ def compile_kernel(kernel, arch, pointers, integers, constants, num_warps=4, num
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def resources(compiled, folder):
-    """{"REG": ..., "STACK": ..., "SHARED": ..., "LOCAL": ...} as the assembler reports them."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin = Path(folder, "kernel.cubin")
-    cubin.write_bytes(compiled.asm["cubin"])
-    told = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", told.stdout + told.stderr)}
 
 
 def widths(compiled, kind="ld"):
