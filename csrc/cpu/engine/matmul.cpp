@@ -30,7 +30,10 @@ struct MathF32 {
                                                            const Weight* w) {
         vf row[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) row[v] = load(w + v * W);
+        for (int v = 0; v < V; ++v) {
+            row[v] = load(w + v * W);
+            if (M > 1) hold(row[v]);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const vf factor = splat(a[m * stride]);
@@ -52,7 +55,10 @@ struct MathBf16 {
 #if defined(__AVX512BF16__)
         __m512bh row[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) row[v] = (__m512bh)_mm512_loadu_si512(w + 2 * v * W);
+        for (int v = 0; v < V; ++v) {
+            row[v] = (__m512bh)_mm512_loadu_si512(w + 2 * v * W);
+            if (M > 1) hold(row[v]);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             int32_t pair;
