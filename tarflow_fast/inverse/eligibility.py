@@ -93,14 +93,14 @@ def _inspect(block: MetaBlock, device: str) -> Weights:
         raise _Refused(f"head size {head_size} is not 16 to 128 and a divisor of {C}")
     if pos_embed.dtype not in DTYPES:
         raise _Refused(f"its parameters are {pos_embed.dtype}")
-    alike = pos_embed.dtype, pos_embed.layout
+    dtype, layout, here = pos_embed.dtype, pos_embed.layout, f"is_{device}"
     for tensor in (*tensors, block.class_embed):
         if tensor is None:
             continue
         if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             raise _Refused(f"a parameter is a {type(tensor).__name__}")
-        if (tensor.dtype, tensor.layout) != alike or tensor.device.type != device:
-            raise _Refused(f"a parameter is {tensor.dtype} on {tensor.device}, pos_embed {pos_embed.dtype} on {device}")
+        if tensor.dtype != dtype or tensor.layout != layout or not getattr(tensor, here):
+            raise _Refused(f"a parameter is {tensor.dtype} on {tensor.device}, pos_embed {dtype} on {device}")
     whole = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
     return Weights(whole, head_size, hidden, len(layers))
 
@@ -113,9 +113,10 @@ def _children(module: nn.Module, kind: type, name: str) -> dict[str, nn.Module]:
 
 
 def _weight_and_bias(module: nn.Module, name: str) -> tuple[Tensor | None, Tensor | None]:
-    if not {"weight", "bias"} <= module._parameters.keys():  # plain attributes, as sharded wrappers make them
-        raise _Refused(f"{name} keeps its weight or bias elsewhere than in its parameters")
-    return module._parameters["weight"], module._parameters["bias"]
+    try:
+        return module._parameters["weight"], module._parameters["bias"]
+    except KeyError:  # plain attributes, as sharded wrappers make them
+        raise _Refused(f"{name} keeps its weight or bias elsewhere than in its parameters") from None
 
 
 def _linear(module: nn.Module, inputs: int, outputs: int, name: str) -> tuple[Tensor | None, Tensor | None]:

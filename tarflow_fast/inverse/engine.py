@@ -12,6 +12,7 @@ proj_in, proj_out, residual stream, normalisation, softmax, GELU, exp and log-de
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -179,8 +180,9 @@ def _class_rows(block: MetaBlock, y: Tensor | None, B: int, guided: bool) -> Ten
     if block.class_embed is None:
         return None
     embeddings = block.class_embed.detach()[:, 0].to(torch.float32)
-    if not torch.isfinite(embeddings).all():
-        raise ValueError("block_inverse: weights must be finite, got NaN or infinity in class_embed")
     mean = embeddings.mean(dim=0)
+    # one NaN or infinity makes its column's mean one; finite ones may overflow to it
+    if not math.isfinite(mean.sum().item()) and not torch.isfinite(embeddings).all():
+        raise ValueError("block_inverse: weights must be finite, got NaN or infinity in class_embed")
     rows = mean.expand(B, -1) if y is None else torch.where((y < 0)[:, None], mean, embeddings[y.clamp(min=0)])
     return (torch.stack([rows, mean.expand(B, -1)], dim=1) if guided else rows).reshape(-1, mean.numel()).contiguous()

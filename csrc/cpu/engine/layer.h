@@ -34,7 +34,7 @@ struct Pass {
 
     // All of the team have come here.
     void meet() const {
-        team.barrier->wait(team.size);
+        team.barrier->wait(team.rank, team.size);
         clock->mark(TF_PART_WAIT);
     }
     int64_t row_of(int64_t m) const { return window == 1 ? m : m / window; }

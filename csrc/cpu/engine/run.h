@@ -23,7 +23,7 @@ inline bool rows_over_threads(const Plan& plan, int64_t rows, int threads, int m
 
 // More threads than this only wait for one another: a matrix has no more columns to share.
 inline int useful_threads(const Plan& plan, int threads, bool by_rows) {
-    const int64_t most = 2 * panels(plan.shape.C);
+    const int64_t columns = 2 * panels(plan.shape.C), most = columns < MOST_THREADS ? columns : MOST_THREADS;
     return by_rows || threads <= most ? threads : int(most);
 }
 

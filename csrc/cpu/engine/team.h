@@ -4,12 +4,6 @@
 #include <stdint.h>
 #include <time.h>
 
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "../vec.h"
 
 namespace tf::TF_ISA {
@@ -21,35 +15,43 @@ inline double seconds() {
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-// Waiting: spin (the others are a microsecond behind), then yield (they lost their core), then sleep.
-struct Barrier {
-    alignas(64) uint32_t arrived = 0;
-    alignas(64) uint32_t epoch = 0;
-    uint32_t sleepers = 0;
-    int64_t lost = 0;  // nanoseconds slept, by all together: the others were not even running
+constexpr int MOST_THREADS = 256;  // of a team
 
-    void wait(int size) {
+// Each thread counts the meetings it has come to where the others can see it: one cache line changes hands a thread and
+// meeting, where one counter for all would be fetched, written and fetched again, the others waiting. Waiting: spin (the
+// others are a microsecond behind), then yield (they lost their core), then nap.
+struct Barrier {
+    struct alignas(64) Count {
+        uint32_t value = 0;
+    } count[MOST_THREADS];
+    int64_t lost = 0;  // nanoseconds napped, by all together: the others were not even running
+
+    void wait(int rank, int size) {
         if (size == 1) return;
-        const uint32_t now = __atomic_load_n(&epoch, __ATOMIC_ACQUIRE);
-        if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == uint32_t(size)) {
-            __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
-            __atomic_store_n(&epoch, now + 1, __ATOMIC_SEQ_CST);
-            if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST)) wake();
-            return;
-        }
-        for (int spin = 0; spin < 2048; ++spin) {
-            if (__atomic_load_n(&epoch, __ATOMIC_ACQUIRE) != now) return;
-            pause();
-        }
-        for (int yield = 0; yield < 256 && __atomic_load_n(&epoch, __ATOMIC_ACQUIRE) == now; ++yield) sched_yield();
-        const double start = seconds();
-        __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
-        while (__atomic_load_n(&epoch, __ATOMIC_SEQ_CST) == now) sleep_while(now);
-        __atomic_sub_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
-        __atomic_add_fetch(&lost, int64_t((seconds() - start) * 1e9), __ATOMIC_RELAXED);
+        const uint32_t now = count[rank].value + 1;
+        __atomic_store_n(&count[rank].value, now, __ATOMIC_RELEASE);
+        for (int other = 0; other < size; ++other)
+            if (!came(other, now)) wait_for(other, now);
     }
 
   private:
+    bool came(int other, uint32_t now) const {
+        return int32_t(__atomic_load_n(&count[other].value, __ATOMIC_ACQUIRE) - now) >= 0;
+    }
+    void wait_for(int other, uint32_t now) {
+        for (int spin = 0; spin < 2048; ++spin) {
+            pause();
+            if (came(other, now)) return;
+        }
+        for (int yield = 0; yield < 256; ++yield) {
+            sched_yield();
+            if (came(other, now)) return;
+        }
+        const double start = seconds();
+        const timespec moment = {0, 50000};
+        while (!came(other, now)) nanosleep(&moment, nullptr);
+        __atomic_add_fetch(&lost, int64_t((seconds() - start) * 1e9), __ATOMIC_RELAXED);
+    }
     static void pause() {
 #if defined(__x86_64__)
         _mm_pause();
@@ -57,16 +59,6 @@ struct Barrier {
         __asm__ volatile("yield");
 #endif
     }
-#if defined(__linux__)
-    void wake() { syscall(SYS_futex, &epoch, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0); }
-    void sleep_while(uint32_t now) { syscall(SYS_futex, &epoch, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0); }
-#else
-    void wake() {}
-    void sleep_while(uint32_t) {
-        const timespec moment = {0, 50000};
-        nanosleep(&moment, nullptr);
-    }
-#endif
 };
 
 struct Range {
