@@ -157,6 +157,25 @@ inline double sum(vd v) {
 #endif
 }
 
+// Lane 4 j + v: the sum of lanes 4 j .. 4 j + 3 of a[v].
+inline vf sum_fours(const vf (&a)[4]) {
+#if defined(__AVX512F__)
+    const __m512 a0 = (__m512)a[0], a1 = (__m512)a[1], a2 = (__m512)a[2], a3 = (__m512)a[3];
+    const __m512d low = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a0, a1), _mm512_unpackhi_ps(a0, a1));
+    const __m512d high = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a2, a3), _mm512_unpackhi_ps(a2, a3));
+    return (vf)_mm512_unpacklo_pd(low, high) + (vf)_mm512_unpackhi_pd(low, high);
+#elif defined(__AVX2__)
+    const __m256 a0 = (__m256)a[0], a1 = (__m256)a[1], a2 = (__m256)a[2], a3 = (__m256)a[3];
+    const __m256d low = (__m256d)_mm256_add_ps(_mm256_unpacklo_ps(a0, a1), _mm256_unpackhi_ps(a0, a1));
+    const __m256d high = (__m256d)_mm256_add_ps(_mm256_unpacklo_ps(a2, a3), _mm256_unpackhi_ps(a2, a3));
+    return (vf)_mm256_unpacklo_pd(low, high) + (vf)_mm256_unpackhi_pd(low, high);
+#else
+    vf out;
+    for (int v = 0; v < 4; ++v) out[v] = (a[v][0] + a[v][2]) + (a[v][1] + a[v][3]);
+    return out;
+#endif
+}
+
 inline float max_lane(vf v) {
     float lane[W];
     memcpy(lane, &v, sizeof lane);
@@ -182,6 +201,17 @@ inline vf load(const float* p) {
 }
 
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+// The 16 bytes at p, over and over.
+inline vf load_again(const void* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_broadcast_ps(static_cast<const __m128*>(p));
+#else
+    return load(static_cast<const float*>(p));
+#endif
+}
 
 #if defined(__AVX512F__)
 inline __mmask16 first(int n) { return __mmask16((1u << n) - 1u); }

@@ -1,10 +1,12 @@
 // W queries of one (row, head) against its cache and, causally, each other.
 //
-// Keys lie in blocks of 16, [T/16][Ep][16] (bf16: [T/16][Ep/2][16][2]): a vector of scores is built without a sum
-// across lanes. Values are rows, [T][Ep] (bf16: pairs of rows, [T/2][Ep][2]). Where the machine multiplies bf16 pairs,
-// queries and probabilities are rounded to bf16 as well; elsewhere they stay fp32. A score is the sum of two chains
-// over the head, an output the sum of two chains over the keys. No order depends on W, the row or the thread, so a
-// query has the same bits alone and in a window; and it never touches a key after its own, which may be anything, NaN
+// Keys lie in blocks of 16, 16 bytes (4 fp32 or 8 bf16 numbers) of each together, [T/16][Ep/4][16][4] (bf16:
+// [T/16][Ep/8][16][8]), so that appending a key writes 16 bytes at a time, and scores read straight ahead. A vector
+// holds pieces of W / 4 keys; the order of the 16 within a block (slot_of) is the one in which sum_fours gives scores in
+// the order of the keys. Values are rows, [T][Ep] (bf16: pairs of rows, [T/2][Ep][2]). Where the machine multiplies
+// bf16 pairs, queries and probabilities are rounded to bf16 as well; elsewhere they stay fp32. A score is the sum of 8
+// chains over the head, an output the sum of two chains over the keys. No order depends on W, the row or the thread, so
+// a query has the same bits alone and in a window; and it never touches a key after its own, which may be anything, NaN
 // included.
 #pragma once
 #include "operand.h"
@@ -12,9 +14,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int PARTS = KEYS / W;             // vectors of a block of keys
-constexpr int BLOCKS = W >= 8 ? W / 4 : 1;  // key blocks at a time: as many chains as hide the latency
-constexpr int64_t VALUES = 64;              // values at a time, read once for all queries of a window
+constexpr int64_t VALUES = 64;  // values at a time, read once for all queries of a window
 
 // ---- what a cache of fp32 or bf16 does differently ----------------------------------------------------------------
 
@@ -30,16 +30,42 @@ struct QueryOf<bf16> {
 };
 #endif
 
-inline void store_key(float* block, int64_t e, int64_t t, vf key, int part) {
-    for (int k = 0; k < W; ++k) block[(e + part * W + k) * KEYS + t % KEYS] = key[k];
+// Numbers of a key that lie together.
+template <class Cache>
+constexpr int64_t PIECE = 16 / sizeof(Cache);
+
+inline int64_t slot_of(int64_t t) { return (t & (KEYS - W)) + t % 4 * (W / 4) + t % W / 4; }
+
+// Where numbers e .. e + PIECE of key t lie.
+template <class Cache>
+inline Cache* piece(Cache* keys, int64_t Ep, int64_t e, int64_t t) {
+    return keys + t / KEYS * (KEYS * Ep) + e * KEYS + slot_of(t) * PIECE<Cache>;
 }
 
-inline void store_key(bf16* block, int64_t e, int64_t t, vf key, int part) {
-    const vh h = narrow_operand(key);
-    uint32_t pairs[W / 2];
-    memcpy(pairs, &h, sizeof h);
-    for (int k = 0; k < W / 2; ++k) memcpy(block + (e + part * W + 2 * k) * KEYS + 2 * (t % KEYS), pairs + k, 4);
+// Numbers e .. e + 16 of key t.
+inline void store_key(float* keys, int64_t Ep, int64_t e, int64_t t, const float* key) {
+    for (int64_t k = 0; k < 16; k += 4) memcpy(piece(keys, Ep, e + k, t), key + k, 16);
 }
+
+inline void store_key(bf16* keys, int64_t Ep, int64_t e, int64_t t, const float* key) {
+    vh narrow[16 / W];
+    for (int k = 0; k < 16 / W; ++k) narrow[k] = narrow_operand(load(key + k * W));
+    memcpy(piece(keys, Ep, e, t), narrow, 16);
+    memcpy(piece(keys, Ep, e + 8, t), reinterpret_cast<const char*>(narrow) + 16, 16);
+}
+
+// Numbers e .. e + 16 of a query, at q.
+template <class Cache>
+inline void store_query(typename QueryOf<Cache>::Type* q, const float* query, float factor) {
+    for (int k = 0; k < 16; k += W) store(q + k, load(query + k) * factor);
+}
+
+#if !defined(__AVX512BF16__)
+template <>  // of each 8 the even ones, then the odd ones, as the halves of a word are multiplied
+inline void store_query<bf16>(float* q, const float* query, float factor) {
+    for (int k = 0; k < 16; ++k) q[k / 8 * 8 + k % 2 * 4 + k % 8 / 2] = query[k] * factor;
+}
+#endif
 
 inline void store_value(float* values, int64_t Ep, int64_t e, int64_t t, vf value) {
     store(values + t * Ep + e, value);
@@ -54,14 +80,8 @@ inline void store_value(bf16* values, int64_t Ep, int64_t e, int64_t t, vf value
     memcpy(at, &pair, sizeof pair);
 }
 
-// Two chains of products of query and keys, from positions e .. e + 3 of the head.
-inline void add_scores(const float* q, const float* block, int64_t e, int part, vf& first, vf& second) {
-    block += e * KEYS + part * W;
-    first = fma(splat(q[e]), load(block), first);
-    second = fma(splat(q[e + 1]), load(block + KEYS), second);
-    first = fma(splat(q[e + 2]), load(block + 2 * KEYS), first);
-    second = fma(splat(q[e + 3]), load(block + 3 * KEYS), second);
-}
+// sum += the products of a piece of W / 4 keys and that of the query.
+inline vf add_piece(vf sum, const float* q, const float* keys) { return fma(load_again(q), load(keys), sum); }
 
 inline vu load_pairs(const bf16* p) {
     vu pairs;
@@ -76,17 +96,13 @@ inline vf dot(vf sum, const operand_bf16* pair, vu pairs) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(factor), (__m512bh)pairs);
 }
 
-inline void add_scores(const operand_bf16* q, const bf16* block, int64_t e, int, vf& first, vf& second) {
-    first = dot(first, q + e, load_pairs(block + e * KEYS));
-    second = dot(second, q + e + 2, load_pairs(block + (e + 2) * KEYS));
+inline vf add_piece(vf sum, const operand_bf16* q, const bf16* keys) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)load_again(q), (__m512bh)load_pairs(keys));
 }
 #else
-inline void add_scores(const float* q, const bf16* block, int64_t e, int part, vf& first, vf& second) {
-    for (int64_t k = e; k < e + 4; k += 2) {
-        const vu pairs = load_pairs(block + k * KEYS + 2 * part * W);
-        first = fma(splat(q[k]), bits<vf>(pairs << 16), first);
-        second = fma(splat(q[k + 1]), bits<vf>(pairs & 0xffff0000u), second);
-    }
+inline vf add_piece(vf sum, const float* q, const bf16* keys) {
+    const vu pairs = load_pairs(keys);
+    return fma(load_again(q + 4), bits<vf>(pairs & 0xffff0000u), fma(load_again(q), bits<vf>(pairs << 16), sum));
 }
 #endif
 
@@ -133,36 +149,22 @@ inline void add_four(const float* p, const bf16* values, int64_t Ep, int64_t e, 
 
 // ---- scores, softmax, values --------------------------------------------------------------------------------------
 
-template <int N, class Query, class Cache>
-inline void score_blocks(const Query* q, const Cache* keys, int64_t Ep, float* scores) {
-    vf sum[N][PARTS][2] = {};
-    for (int64_t e = 0; e < Ep; e += 4)
-#pragma GCC unroll 8
-        for (int b = 0; b < N; ++b)
-#pragma GCC unroll 8
-            for (int part = 0; part < PARTS; ++part)
-                add_scores(q, keys + b * Ep * KEYS, e, part, sum[b][part][0], sum[b][part][1]);
-#pragma GCC unroll 8
-    for (int b = 0; b < N; ++b)
-#pragma GCC unroll 8
-        for (int part = 0; part < PARTS; ++part) store(scores + b * KEYS + part * W, sum[b][part][0] + sum[b][part][1]);
-}
-
+// The scores of a block of 16 keys.
 template <class Query, class Cache>
-inline void score_blocks(int64_t n, const Query* q, const Cache* keys, int64_t Ep, float* scores) {
-    switch (n) {
-#if defined(__AVX512F__)
-        case 4:
-            return score_blocks<4>(q, keys, Ep, scores);
-        case 3:
-            return score_blocks<3>(q, keys, Ep, scores);
-#endif
-#if defined(__AVX2__)
-        case 2:
-            return score_blocks<2>(q, keys, Ep, scores);
-#endif
-        default:
-            return score_blocks<1>(q, keys, Ep, scores);
+inline void score_block(const Query* q, const Cache* keys, int64_t Ep, float* scores) {
+    for (int64_t part = 0; part < KEYS; part += W) {
+        vf even[4] = {}, odd[4] = {};
+        for (int64_t e = 0; e < Ep; e += 2 * PIECE<Cache>) {
+            const Cache *first = keys + e * KEYS + part * PIECE<Cache>, *second = first + PIECE<Cache> * KEYS;
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) even[v] = add_piece(even[v], q + e, first + v * (W / 4) * PIECE<Cache>);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v)
+                odd[v] = add_piece(odd[v], q + e + PIECE<Cache>, second + v * (W / 4) * PIECE<Cache>);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) even[v] += odd[v];
+        store(scores + part, sum_fours(even));
     }
 }
 
@@ -233,11 +235,9 @@ inline void attend(const Query* q, int64_t q_stride, int64_t queries, int64_t po
     float* sums = scratch + queries * Tp;
     float* totals = sums + queries * 2 * Ep;
     const int64_t blocks = (position + queries + KEYS - 1) / KEYS;
-    for (int64_t b = 0; b < blocks; b += BLOCKS) {
-        const int64_t n = blocks - b < BLOCKS ? blocks - b : BLOCKS;
+    for (int64_t b = 0; b < blocks; ++b)
         for (int64_t w = 0; w < queries; ++w)
-            score_blocks(n, q + w * q_stride, keys + b * Ep * KEYS, Ep, scratch + w * Tp + b * KEYS);
-    }
+            score_block(q + w * q_stride, keys + b * Ep * KEYS, Ep, scratch + w * Tp + b * KEYS);
     for (int64_t w = 0; w < queries; ++w) {
         totals[w] = soft_max<Query>(scratch + w * Tp, position + w + 1);
         for (int64_t e = 0; e < 2 * Ep; e += W) store(sums + w * 2 * Ep + e, zero());

@@ -132,10 +132,9 @@ struct Stages {
                 if (which == 0) {
                     const float factor = p.query_scale ? logits * p.query_scale[row] : logits;
                     Query* q = static_cast<Query*>(p.space.q) + m * stride(s.H * s.Ep) + head * s.Ep + e;
-                    for (int k = 0; k < 16; k += W) store(q + k, load(y + k) * factor);
+                    store_query<Cache>(q, y, factor);
                 } else if (which == 1) {
-                    Cache* block = keys(p, layer, row, head) + t / KEYS * (KEYS * s.Ep);
-                    for (int part = 0; part < PARTS; ++part) store_key(block, e, t, load(y + part * W), part);
+                    store_key(keys(p, layer, row, head), s.Ep, e, t, y);
                 } else {
                     Cache* values = keys(p, layer, row, head) + s.Tp * s.Ep;
                     for (int k = 0; k < 16; k += W) store_value(values, s.Ep, e + k, t, load(y + k));
