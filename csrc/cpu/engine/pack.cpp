@@ -62,6 +62,7 @@ struct Packer {
 
     const Job& job;
     const E* rows[PANEL];
+    const E* next[PANEL / 16];  // where the next panel's columns, 16 at a time, most likely are; nullptr past the last
     float scales[PANEL];
     vu bad = {};
 
@@ -86,6 +87,11 @@ struct Packer {
     void tile(int64_t panel, int c, int64_t k) {
         const Matrix& m = *job.matrix;
         alignas(64) uint32_t read[16][16], turned[16][16];
+        // 64 short pieces of rows are no order a machine guesses: from memory, without this, packing took twice the time.
+        if (const E* ahead = next[c / 16])
+            for (int i = 0; i < 16; ++i)
+                for (int64_t at = 0; at < TILE; at += 64 / int64_t(sizeof(E)))
+                    __builtin_prefetch(ahead + i * job.inputs + k + at);
         vu found = {};
         for (int i = 0; i < 16; ++i)
             if (rows[c + i])
@@ -124,6 +130,10 @@ struct Packer {
         for (int c = 0; c < PANEL; ++c) {
             const int64_t row = job.columns.row(panel * PANEL + c);
             rows[c] = row < 0 ? nullptr : static_cast<const E*>(job.weight.data) + row * job.inputs;
+        }
+        for (int c = 0; c < PANEL; c += 16) {
+            const int64_t row = (panel + 1) * PANEL < job.matrix->columns ? job.columns.row((panel + 1) * PANEL + c) : -1;
+            next[c / 16] = row < 0 ? nullptr : static_cast<const E*>(job.weight.data) + row * job.inputs;
         }
         if (S == STORE_INT8) find_scales(panel);
         for (int64_t part = 0; part < job.matrix->inputs; part += PART)
