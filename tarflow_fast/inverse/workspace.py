@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
     from tarflow_fast.inverse.engine import Engine
     from tarflow_fast.inverse.graph import GraphWorkspace
+    from tarflow_fast.ops.block_inverse import InversePath
 
 
 class InverseCall:
@@ -43,6 +44,7 @@ class InverseCall:
             raise TypeError(f"reverse: memory_limit must be an int (bytes) or None, got {type(memory_limit).__name__}")
         self.backend, self.precision, self.differentiable = backend, precision, differentiable
         self.memory_limit, self.blocks = memory_limit, blocks
+        self.paths: dict[int, InversePath] = {}  # of `blocks`, by id
         self.told = False  # whether it was said that a block is left to PyTorch
         self._kv_cache: KVCache | None = None
         self._engine: Engine | None = None
