@@ -64,7 +64,11 @@ void run_stage(const Job& job, const Pass& p, int64_t stage) {
         Stages<P>::layer(p, number - 1);
     } else {
         Stages<P>::project_out(p);
-        const Range mine = p.team.mine(p.rows.size() / job.share);
+        Range mine = p.team.mine(p.rows.size() / job.share);
+        if (p.by_parts && panels(s.out) == 1)  // whoever made the one panel updates all rows: a meeting less
+            mine = {0, p.team.mine(1).size() * (p.rows.size() / job.share)};
+        else
+            p.meet();
         const int64_t first = p.rows.begin / job.share;
         for (int64_t b = first + mine.begin; b < first + mine.end; ++b) update(job, b, p.position);
         p.clock->mark(TF_PART_UPDATE);
@@ -100,27 +104,34 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
         stop = begin + (fit < 1 ? 1 : fit);
         if (stop > end) stop = end;
     }
-    // One flag for even and one for odd stages: a slow thread may still read the one while the next is written.
+    // Two flags in turn: a slow thread may still read the one while the next is written.
     int64_t reached = begin, late[2] = {0, 0};
     double waited = 0.0;
-    run_teams(
-        useful_threads(job.plan, threads, by_rows), by_rows, in.batch, job.share,
-        [&](Team team, int thread, Range rows) {
-            Clock clock(in.clock ? in.clock + thread * TF_PARTS : nullptr);
-            for (int64_t at = begin; at < stop; ++at) {
-                const Pass p = {
-                    job.plan,       job.space,    team,  job.space.scratch[thread], rows, 1, at / stages, in.classes,
-                    in.query_scale, in.flip != 0, &clock};
-                // Decided before the stage's own barriers, hence known to all after them.
-                if (!by_rows && team.rank == 0)
-                    __atomic_store_n(&late[at & 1], seconds() - start > limit, __ATOMIC_RELEASE);
-                run_stage<P>(job, p, at);
-                if (team.rank == 0 && thread == 0) reached = at + 1;
-                if (!by_rows && __atomic_load_n(&late[at & 1], __ATOMIC_ACQUIRE)) break;
-            }
-            if (team.rank == 0 && team.size > 1)
-                waited = 1e-9 * double(__atomic_load_n(&team.barrier->lost, __ATOMIC_RELAXED)) / (team.size - 1);
-        });
+    run_teams(useful_threads(job.plan, threads, by_rows), by_rows, in.batch, job.share,
+              [&](Team team, int thread, Range rows) {
+                  Clock clock(in.clock ? in.clock + thread * TF_PARTS : nullptr);
+                  const Scratch& scratch = job.space.scratch[thread];
+                  const bool by_parts = share_sums(job.plan, team, rows.size());
+                  float* h = by_parts ? scratch.h : job.space.h;
+                  const size_t h_bytes = size_t(rows.size() * stride(job.plan.shape.C)) * sizeof(float);
+                  // The run that goes on from here may have another number of threads: between two, h is the workspace's.
+                  if (by_parts && begin % stages) memcpy(h, job.space.h, h_bytes);
+                  int64_t checks = 0;
+                  for (int64_t at = begin; at < stop; ++at) {
+                      const Pass p = {job.plan,   job.space,      team,         scratch,  rows, 1,     at / stages,
+                                      in.classes, in.query_scale, in.flip != 0, by_parts, h,    &clock};
+                      // Decided before the stage's own meetings, hence known to all after them.
+                      const bool check = !by_rows && !(by_parts && at % stages == 0);
+                      int64_t* flag = &late[(checks += check) & 1];
+                      if (check && team.rank == 0) __atomic_store_n(flag, seconds() - start > limit, __ATOMIC_RELEASE);
+                      run_stage<P>(job, p, at);
+                      if (team.rank == 0 && thread == 0) reached = at + 1;
+                      if (check && __atomic_load_n(flag, __ATOMIC_ACQUIRE)) break;
+                  }
+                  if (by_parts && team.rank == 0) memcpy(job.space.h, h, h_bytes);
+                  if (team.rank == 0 && team.size > 1)
+                      waited = 1e-9 * double(__atomic_load_n(&team.barrier->lost, __ATOMIC_RELAXED)) / (team.size - 1);
+              });
     const double elapsed = seconds() - start;
     job.space.unit_seconds = elapsed / double(reached - begin);
     if (!by_rows && threads > 1) note_waits(job.space, elapsed, waited);

@@ -30,12 +30,21 @@ struct Pass {
     const float* classes;      // [R][C], nullptr without classes
     const float* query_scale;  // [R]: 1 over the temperature of the row; nullptr for 1
     bool flip;
+    // Threads share the sums over the inputs of proj and fc2 rather than their columns: each multiplies what it has
+    // made itself, and keeps all of h. Two meetings a layer instead of four; for few rows, whose sums are few.
+    bool by_parts;
+    float* h;      // [m][stride(C)]
     Clock* clock;  // of this thread
 
     // All of the team have come here.
     void meet() const {
         team.barrier->wait(team.rank, team.size);
         clock->mark(TF_PART_WAIT);
+    }
+    // What of n groups or panels, cut into the parts of a sum, belongs to this thread's parts.
+    Range in_my_parts(int64_t n) const {
+        const Range parts = team.mine(plan.shape.parts);
+        return {share(n, parts.begin, plan.shape.parts).begin, share(n, parts.end - 1, plan.shape.parts).end};
     }
     int64_t row_of(int64_t m) const { return window == 1 ? m : m / window; }
 };
@@ -49,7 +58,8 @@ struct Stages {
     // Panels `mine` of m applied to the activation rows of the team, a block of rows at a time; load(begin, end) gives
     // a block's operands (of the matrix's kind), done(tile) takes the results.
     template <class Load, class Done>
-    static void product(const Pass& p, const Matrix& m, Range mine, int64_t operand_stride, Load load, Done done) {
+    static void product(const Pass& p, const Matrix& m, Range mine, int64_t operand_stride, Load load, Done done,
+                        int64_t part = ALL) {
         if (mine.size() <= 0) return;
         const int64_t first = p.rows.begin * p.window, count = p.rows.size() * p.window;
         const int64_t blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
@@ -58,7 +68,7 @@ struct Stages {
             const int64_t begin = first + block.begin;
             const void* operands = load(begin, begin + block.size());
             matmul(
-                m, operands, operand_stride, begin, block.size(), mine.begin, mine.end, p.scratch.y,
+                m, operands, operand_stride, begin, block.size(), mine.begin, mine.end, part, p.scratch.y,
                 [](void* context, const Tile& tile) { (*static_cast<Done*>(context))(tile); }, &done);
         }
     }
@@ -77,7 +87,7 @@ struct Stages {
         Operand* y = static_cast<Operand*>(p.scratch.operands);
         for (int64_t m = begin; m < end; ++m) {
             Operand* row = y + (m - begin) * stride(C);
-            layer_norm(p.space.h + m * stride(C), norm.gain, norm.shift, C, row);
+            layer_norm(p.h + m * stride(C), norm.gain, norm.shift, C, row);
             store(row + C, zero(), 1);  // the second of the last pair when C is odd
         }
         return y;
@@ -94,18 +104,19 @@ struct Stages {
             }
             return y;
         };
-        product(p, p.plan.in, p.team.mine(panels(s.C)), stride(s.D), load_tokens, [&](const Tile& tile) {
+        const Range mine = p.by_parts ? Range{0, panels(s.C)} : p.team.mine(panels(s.C));
+        product(p, p.plan.in, mine, stride(s.D), load_tokens, [&](const Tile& tile) {
             each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
                 const int64_t row = p.row_of(m), at = p.position + m - row * p.window;
                 const float* pos = p.plan.pos + (p.flip ? s.T - 1 - at : at) * s.C;
                 y += load_part(pos + c, n);
                 if (p.classes) y += load_part(p.classes + row * s.C + c, n);
-                float* h = p.space.h + m * stride(s.C) + c;
+                float* h = p.h + m * stride(s.C) + c;
                 n == W ? store(h, y) : store(h, y, n);
             });
         });
         p.clock->mark(TF_PART_IN);
-        p.meet();
+        if (!p.by_parts) p.meet();
     }
 
     static Cache* keys(const Pass& p, int64_t layer, int64_t row, int64_t head) {
@@ -158,8 +169,8 @@ struct Stages {
         const Layer& weights = p.plan.layers[layer];
         const auto load_rows = [&](int64_t begin, int64_t end) { return normalised(p, weights.norm1, begin, end); };
         const auto done = [&](const Tile& tile) { scatter(p, layer, tile); };
-        if (s.groups % p.team.size == 0) {  // own heads from end to end
-            const Range groups = p.team.mine(s.groups);
+        if (p.by_parts || s.groups % p.team.size == 0) {  // own heads from end to end
+            const Range groups = p.by_parts ? p.in_my_parts(s.groups) : p.team.mine(s.groups);
             product(p, weights.qkv, {groups.begin * s.group_panels, groups.end * s.group_panels}, stride(s.C),
                     load_rows, done);
             p.clock->mark(TF_PART_QKV);
@@ -175,24 +186,55 @@ struct Stages {
                 attend_one(p, layer, p.rows.begin + item / s.H, item % s.H);
         }
         p.clock->mark(TF_PART_ATTENTION);
-        p.meet();
+        if (!p.by_parts) p.meet();
     }
 
     // h += a matrix applied to stored operands
     static void residual(const Pass& p, const Matrix& matrix, const void* operands, int64_t operand_stride, int part) {
         const Shape& s = p.plan.shape;
         const Operand* a = static_cast<const Operand*>(operands);
-        product(
-            p, matrix, p.team.mine(panels(s.C)), operand_stride,
-            [&](int64_t begin, int64_t) { return a + begin * operand_stride; },
-            [&](const Tile& tile) {
-                each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
-                    float* h = p.space.h + m * stride(s.C) + c;
-                    n == W ? store(h, load(h) + y) : store(h, load(h, n) + y, n);
-                });
+        const auto load_rows = [&](int64_t begin, int64_t) { return a + begin * operand_stride; };
+        if (p.by_parts) return residual_by_parts(p, matrix, load_rows, operand_stride, part);
+        product(p, matrix, p.team.mine(panels(s.C)), operand_stride, load_rows, [&](const Tile& tile) {
+            each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
+                float* h = p.h + m * stride(s.C) + c;
+                n == W ? store(h, load(h) + y) : store(h, load(h, n) + y, n);
             });
+        });
         p.clock->mark(part);
         p.meet();
+    }
+
+    // Own parts of the sums; after the meeting all of them, in the order of `matmul`. The sums of proj are overwritten
+    // when all have met over those of fc2, and the other way round.
+    template <class Load>
+    static void residual_by_parts(const Pass& p, const Matrix& matrix, Load load_rows, int64_t operand_stride,
+                                  int part) {
+        const Shape& s = p.plan.shape;
+        float* sums = p.space.sums[part == TF_PART_FC2];
+        const Range mine = p.team.mine(s.parts);
+        const int64_t rows = p.rows.size() * p.window, each_part = rows * stride(s.C);
+        for (int64_t number = mine.begin; number < mine.end; ++number)
+            product(
+                p, matrix, {0, panels(s.C)}, operand_stride, load_rows,
+                [&](const Tile& tile) {
+                    each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
+                        float* sum = sums + number * each_part + m * stride(s.C) + c;
+                        n == W ? store(sum, y) : store(sum, y, n);
+                    });
+                },
+                number);
+        p.clock->mark(part);
+        p.meet();
+        for (int64_t m = 0; m < rows; ++m)
+            store_row(p.h + m * stride(s.C), s.C, [&](int64_t c, int n) {
+                const float* at = sums + m * stride(s.C) + c;
+                vf y = load_part(at, n);
+                for (int64_t number = 1; number < s.parts; ++number) y += load_part(at + number * each_part, n);
+                if (matrix.scale) y = y * load(matrix.scale + c);
+                return load_part(p.h + m * stride(s.C) + c, n) + (y + load(matrix.bias + c));
+            });
+        p.clock->mark(part);
     }
 
     static void layer(const Pass& p, int64_t number) {
@@ -201,7 +243,7 @@ struct Stages {
         attention(p, number);
         residual(p, weights.proj, p.space.mixed, stride(s.C), TF_PART_PROJ);
         product(
-            p, weights.fc1, p.team.mine(panels(s.F)), stride(s.C),
+            p, weights.fc1, p.by_parts ? p.in_my_parts(panels(s.F)) : p.team.mine(panels(s.F)), stride(s.C),
             [&](int64_t begin, int64_t end) { return normalised(p, weights.norm2, begin, end); },
             [&](const Tile& tile) {
                 each(tile, s.F, [&](vf y, int64_t m, int64_t c, int n) {
@@ -210,14 +252,14 @@ struct Stages {
                 });
             });
         p.clock->mark(TF_PART_FC1);
-        p.meet();
+        if (!p.by_parts) p.meet();
         residual(p, weights.fc2, p.space.hidden, stride(s.F), TF_PART_FC2);
     }
 
-    // ab = proj_out(h)
+    // ab = proj_out(h); the team has yet to meet over it
     static void project_out(const Pass& p) {
         const Shape& s = p.plan.shape;
-        const auto load_rows = [&](int64_t begin, int64_t) { return p.space.h + begin * stride(s.C); };
+        const auto load_rows = [&](int64_t begin, int64_t) { return p.h + begin * stride(s.C); };
         product(p, p.plan.out, p.team.mine(panels(s.out)), stride(s.C), load_rows, [&](const Tile& tile) {
             each(tile, s.out, [&](vf y, int64_t m, int64_t c, int n) {
                 float* ab = p.space.ab + m * stride(s.out) + c;
@@ -225,7 +267,6 @@ struct Stages {
             });
         });
         p.clock->mark(TF_PART_OUT);
-        p.meet();
     }
 };
 

@@ -121,15 +121,16 @@ struct MathInt8 {
 
 // Where a chunk of inputs stands.
 struct Ends {
-    bool first, last;
-    const float *scale, *bias;  // of the panel; used with the last chunk
+    bool first, last;           // of its part
+    bool start, end;            // whether that is the first, the last part of the sum
+    const float *scale, *bias;  // of the panel; used at the end
 };
 
 // One row tile of one panel over one chunk. LINES: cache lines from `ahead` on fetched every step, weights that will be
 // needed next: tiles after the first find their own in the cache, and would leave the memory idle.
 template <class Math, int M, int LINES>
 void tile(const void* operands, int64_t stride, const void* weights, int64_t steps, const Ends& ends, float* y,
-          const char* ahead) {
+          float* part, const char* ahead) {
     constexpr int V = columns_of(M);
     for (int column = 0; column < PANEL; column += V * W) {
         const auto* w = static_cast<const typename Math::Weight*>(weights) + column * Math::INPUTS;
@@ -154,17 +155,18 @@ void tile(const void* operands, int64_t stride, const void* weights, int64_t ste
             for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
                 for (int v = 0; v < V; ++v) {
-                    float* at = y + m * PANEL + column + v * W;
-                    vf value = first ? sum[m][v] : load(at) + sum[m][v];
-                    if (last && ends.scale) value = value * load(ends.scale + column + v * W);
-                    if (last) value = value + load(ends.bias + column + v * W);
-                    store(at, value);
+                    const int64_t at = m * PANEL + column + v * W;
+                    vf value = first ? sum[m][v] : load(part + at) + sum[m][v];
+                    if (last && !ends.start) value = load(y + at) + value;
+                    if (last && ends.end && ends.scale) value = value * load(ends.scale + column + v * W);
+                    if (last && ends.end) value = value + load(ends.bias + column + v * W);
+                    store((last ? y : part) + at, value);
                 }
         }
     }
 }
 
-typedef void (*TileOf)(const void*, int64_t, const void*, int64_t, const Ends&, float*, const char*);
+typedef void (*TileOf)(const void*, int64_t, const void*, int64_t, const Ends&, float*, float*, const char*);
 
 template <class Math, int LINES>
 TileOf choose(int64_t rows) {
@@ -186,34 +188,42 @@ TileOf choose(int64_t rows) {
 
 template <class Math>
 void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row, int64_t rows, int64_t first,
-              int64_t last, float* y, Finish finish, void* context) {
+              int64_t last, int64_t part, float* y, Finish finish, void* context) {
     typedef typename Math::Weight Weight;
     const auto* a = static_cast<const typename Math::Operand*>(operands);
     const Weight* weights = static_cast<const Weight*>(m.weights);
     const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     constexpr int64_t SHARED = CHUNK_BYTES / PANEL / int64_t(sizeof(Weight));
     static_assert(SHARED % (Math::RUN * Math::INPUTS) == 0, "a chunk is whole runs");
-    const int64_t chunk = tiles == 1 ? m.inputs : SHARED;
+    float* of_part = y + rows * PANEL;
+    const bool whole = part == ALL;
+    const int64_t from = whole ? 0 : part, to = whole ? m.parts : part + 1;
     for (int64_t panel = first; panel < last; ++panel) {
         const float* scale = m.scale ? m.scale + panel * PANEL : nullptr;
-        for (int64_t k = 0; k < m.inputs; k += chunk) {
-            const int64_t inputs = m.inputs - k < chunk ? m.inputs - k : chunk, steps = inputs / Math::INPUTS;
-            const Ends ends = {k == 0, k + inputs == m.inputs, scale, m.bias + panel * PANEL};
-            const Weight* w = weights + panel * m.inputs * PANEL + k * PANEL;
-            // What follows in memory is what comes next; past the last panel of this share it may be another thread's,
-            // or nobody's (fetching ahead never faults).
-            const char* next = reinterpret_cast<const char*>(w + inputs * PANEL);
-            const int64_t lines = inputs * PANEL * int64_t(sizeof(Weight)) / 64;
-            for (int64_t t = 0; t < tiles; ++t) {
-                const int64_t begin = rows * t / tiles, height = rows * (t + 1) / tiles - begin;
-                const char* ahead = next + lines * t / tiles * 64;
-                const int64_t each = (lines / tiles + steps - 1) / steps;
-                TileOf run = each >= 2 ? choose<Math, 2>(height) : choose<Math, 1>(height);
-                if (tiles == 1) {  // it meets its weights first, in order: the machine fetches ahead by itself
-                    run = choose < Math, Math::AHEAD ? 1 : 0 > (height);
-                    ahead = reinterpret_cast<const char*>(w) + Math::AHEAD;
+        for (int64_t each_part = from; each_part < to; ++each_part) {
+            const int64_t begin_k = each_part ? m.ends[each_part - 1] : 0, end_k = m.ends[each_part];
+            const int64_t chunk = tiles == 1 ? end_k - begin_k : SHARED;
+            for (int64_t k = begin_k; k < end_k; k += chunk) {
+                const int64_t inputs = end_k - k < chunk ? end_k - k : chunk, steps = inputs / Math::INPUTS;
+                const Ends ends = {k == begin_k, k + inputs == end_k,   each_part == from, whole && each_part + 1 == to,
+                                   scale,        m.bias + panel * PANEL};
+                const Weight* w = weights + panel * m.inputs * PANEL + k * PANEL;
+                // What follows in memory is what comes next; past the last panel of this share it may be another
+                // thread's, or nobody's (fetching ahead never faults).
+                const char* next = reinterpret_cast<const char*>(w + inputs * PANEL);
+                const int64_t lines = inputs * PANEL * int64_t(sizeof(Weight)) / 64;
+                for (int64_t t = 0; t < tiles; ++t) {
+                    const int64_t begin = rows * t / tiles, height = rows * (t + 1) / tiles - begin;
+                    const char* ahead = next + lines * t / tiles * 64;
+                    const int64_t each = (lines / tiles + steps - 1) / steps;
+                    TileOf run = each >= 2 ? choose<Math, 2>(height) : choose<Math, 1>(height);
+                    if (tiles == 1) {  // it meets its weights first, in order: the machine fetches ahead by itself
+                        run = choose<Math, Math::AHEAD ? 1 : 0>(height);
+                        ahead = reinterpret_cast<const char*>(w) + Math::AHEAD;
+                    }
+                    run(a + begin * stride + k, stride, w, steps, ends, y + begin * PANEL, of_part + begin * PANEL,
+                        ahead);
                 }
-                run(a + begin * stride + k, stride, w, steps, ends, y + begin * PANEL, ahead);
             }
         }
         for (int64_t t = 0; t < tiles; ++t) {
@@ -226,14 +236,14 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
 }  // namespace
 
 void matmul(const Matrix& m, const void* a, int64_t stride, int64_t row, int64_t rows, int64_t first, int64_t last,
-            float* y, Finish finish, void* context) {
+            int64_t part, float* y, Finish finish, void* context) {
     switch (m.storage) {
         case STORE_F32:
-            return multiply<MathF32>(m, a, stride, row, rows, first, last, y, finish, context);
+            return multiply<MathF32>(m, a, stride, row, rows, first, last, part, y, finish, context);
         case STORE_BF16:
-            return multiply<MathBf16>(m, a, stride, row, rows, first, last, y, finish, context);
+            return multiply<MathBf16>(m, a, stride, row, rows, first, last, part, y, finish, context);
         case STORE_INT8:
-            return multiply<MathInt8>(m, a, stride, row, rows, first, last, y, finish, context);
+            return multiply<MathInt8>(m, a, stride, row, rows, first, last, part, y, finish, context);
     }
 }
 

@@ -1,8 +1,8 @@
 // Activations times packed weights.
 //
 // Each sum of a product runs over the inputs in order, one fused multiply-add after another (one bf16 pair after
-// another with vdpbf16ps), and from run to run of a fixed length, whatever the tile, the number of rows or of threads:
-// a result never depends on its neighbours.
+// another with vdpbf16ps), from run to run of a fixed length, and from part to part of the matrix, whatever the tile, the
+// number of rows or of threads: a result never depends on its neighbours.
 #pragma once
 #include "sizes.h"
 
@@ -11,9 +11,11 @@ namespace tf::TF_ISA {
 enum Storage { STORE_F32, STORE_BF16, STORE_INT8 };
 
 // A Linear, packed: weights [panels][inputs][PANEL] (bf16: [panels][inputs / 2][PANEL][2]), columns and inputs padded
-// with zeros. y = (sum over k of x[k] w[k]) * scale + bias.
+// with zeros. y = (sum over k of x[k] w[k]) * scale + bias, the sum being that of the sums of its parts, first to last.
 struct Matrix {
-    int64_t inputs, columns;  // bf16: inputs is even
+    int64_t inputs, columns;   // bf16: inputs is even
+    int64_t parts;             // at least 1
+    int64_t ends[MOST_PARTS];  // the inputs at which they end, the last one `inputs`; bf16: even
     Storage storage;
     void* weights;
     float* scale;  // [panels][PANEL] for int8, else nullptr
@@ -29,8 +31,10 @@ struct Tile {
 typedef void (*Finish)(void* context, const Tile& tile);
 
 // Rows row .. row + rows of a, starting at a itself (operands of the matrix's kind, `stride` apart), times panels
-// first .. last, each tile handed to `finish`. y: room for rows * PANEL floats, rows <= ROW_BLOCK.
+// first .. last, each tile handed to `finish`. y: room for 2 * rows * PANEL floats, rows <= ROW_BLOCK. part: ALL, or the
+// sum of one part alone, without scale and bias.
+constexpr int64_t ALL = -1;
 void matmul(const Matrix& m, const void* a, int64_t stride, int64_t row, int64_t rows, int64_t first, int64_t last,
-            float* y, Finish finish, void* context);
+            int64_t part, float* y, Finish finish, void* context);
 
 }  // namespace tf::TF_ISA

@@ -132,7 +132,8 @@ struct Packer {
             rows[c] = row < 0 ? nullptr : static_cast<const E*>(job.weight.data) + row * job.inputs;
         }
         for (int c = 0; c < PANEL; c += 16) {
-            const int64_t row = (panel + 1) * PANEL < job.matrix->columns ? job.columns.row((panel + 1) * PANEL + c) : -1;
+            const int64_t row =
+                (panel + 1) * PANEL < job.matrix->columns ? job.columns.row((panel + 1) * PANEL + c) : -1;
             next[c / 16] = row < 0 ? nullptr : static_cast<const E*>(job.weight.data) + row * job.inputs;
         }
         if (S == STORE_INT8) find_scales(panel);
@@ -200,8 +201,10 @@ int64_t pack_vector(const Source& source, float missing, int64_t n, float* y) {
 int test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K,
                 int precision) {
     const Storage storage = Storage(precision);
-    Matrix m = {storage == STORE_BF16 ? round_up(K, 2) : K, panels(N) * PANEL, storage, nullptr, nullptr, nullptr};
-    const int64_t bytes = (m.inputs + 2) * m.columns * 4 + M * stride(K) * 4 + ROW_BLOCK * PANEL * 4;
+    Matrix m = {};
+    m.inputs = storage == STORE_BF16 ? round_up(K, 2) : K, m.columns = panels(N) * PANEL, m.storage = storage;
+    m.parts = 1, m.ends[0] = m.inputs;
+    const int64_t bytes = (m.inputs + 2) * m.columns * 4 + M * stride(K) * 4 + 2 * ROW_BLOCK * PANEL * 4;
     char* memory = static_cast<char*>(allocate(bytes));
     if (!memory) return TF_NO_MEMORY;
     m.weights = memory;
@@ -229,7 +232,7 @@ int test_matmul(const float* x, const float* w, const float* bias, float* y, int
     for (int64_t row = 0; row < M; row += ROW_BLOCK) {
         const int64_t rows = M - row < ROW_BLOCK ? M - row : ROW_BLOCK;
         matmul(
-            m, operands + row * stride(K) * size, stride(K), row, rows, 0, panels(N), room,
+            m, operands + row * stride(K) * size, stride(K), row, rows, 0, panels(N), ALL, room,
             [](void* context, const Tile& tile) {
                 const Out& to = *static_cast<Out*>(context);
                 for (int64_t r = 0; r < tile.rows; ++r)

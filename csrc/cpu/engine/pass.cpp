@@ -12,12 +12,17 @@ void run_pass(const Plan& plan, Workspace& space, const tf_pass_arguments& job, 
     run_teams(useful_threads(plan, threads, by_rows), by_rows, source_rows, share,
               [&](Team team, int thread, Range rows) {
                   Clock clock(nullptr);
-                  const Pass p = {plan,       space,        team,        space.scratch[thread], rows,
-                                  job.window, job.position, job.classes, job.query_scale,       job.flip != 0,
+                  const Scratch& scratch = space.scratch[thread];
+                  const bool by_parts = share_sums(plan, team, rows.size() * job.window);
+                  const Pass p = {plan,          space,       team,
+                                  scratch,       rows,        job.window,
+                                  job.position,  job.classes, job.query_scale,
+                                  job.flip != 0, by_parts,    by_parts ? scratch.h : space.h,
                                   &clock};
                   Stages<P>::embed(p, tokens);
                   for (int64_t l = 0; l < s.L; ++l) Stages<P>::layer(p, l);
                   Stages<P>::project_out(p);
+                  p.meet();
                   const Range all = team.mine(rows.size() * job.window);
                   for (int64_t m = rows.begin * job.window + all.begin; m < rows.begin * job.window + all.end; ++m)
                       memcpy(job.ab + m * s.out, space.ab + m * stride(s.out), size_t(s.out) * sizeof(float));

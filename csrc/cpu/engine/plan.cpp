@@ -8,6 +8,7 @@ void place(Arena& arena, Matrix& m, Storage storage, int64_t inputs, int64_t col
     m.inputs = storage == STORE_BF16 ? round_up(inputs, 2) : inputs;
     m.columns = column_panels * PANEL;
     m.storage = storage;
+    m.parts = 1, m.ends[0] = m.inputs;
     m.weights = arena.take<char>(Bytes{m.inputs, false} * m.columns * size);
     m.scale = storage == STORE_INT8 ? arena.take<float>(m.columns) : nullptr;
     m.bias = arena.take<float>(m.columns);
@@ -39,6 +40,12 @@ void place(Arena& arena, Plan& plan) {
         place(arena, layer.norm2, s.C);
         place(arena, layer.fc1, storage, s.C, panels(s.F));
         place(arena, layer.fc2, storage, s.F, panels(s.C));
+        layer.proj.parts = layer.fc2.parts = s.parts;
+        for (int64_t part = 0; part < s.parts; ++part) {
+            const bool last = part + 1 == s.parts;
+            layer.proj.ends[part] = last ? layer.proj.inputs : s.groups * (part + 1) / s.parts * s.group * s.E;
+            layer.fc2.ends[part] = last ? layer.fc2.inputs : panels(s.F) * (part + 1) / s.parts * PANEL;
+        }
     }
 }
 

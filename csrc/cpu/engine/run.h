@@ -27,6 +27,11 @@ inline int useful_threads(const Plan& plan, int threads, bool by_rows) {
     return by_rows || threads <= most ? threads : int(most);
 }
 
+// Whether the team shares sums (Pass::by_parts) for so many activation rows.
+inline bool share_sums(const Plan& plan, const Team& team, int64_t rows) {
+    return team.size > 1 && team.size <= plan.shape.parts && rows <= PART_ROWS;
+}
+
 // f(team, thread, rows) on each of up to `threads` threads: teams of one with `units` of rows each, or one team.
 template <class F>
 inline void run_teams(int threads, bool by_rows, int64_t units, int64_t rows_a_unit, F f) {

@@ -29,6 +29,9 @@ bool make_shape(const tf_block& b, Shape* s) {
     while (s->group < 4 && s->group < s->H && 3 * s->Ep * s->group % PANEL) s->group *= 2;
     s->groups = (s->H + s->group - 1) / s->group;
     s->group_panels = panels(3 * s->Ep * s->group);
+    s->parts = s->groups < MOST_PARTS ? s->groups : MOST_PARTS;
+    if (panels(s->F) < s->parts) s->parts = panels(s->F);
+    if (s->E % 2) s->parts = 1;  // inputs of bf16 come in pairs
     return true;
 }
 

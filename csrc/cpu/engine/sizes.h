@@ -7,6 +7,8 @@ namespace tf::TF_ISA {
 
 constexpr int PANEL = 64;          // output columns packed together: one cache line of int8, four of fp32
 constexpr int KEYS = 16;           // keys stored together
+constexpr int64_t MOST_PARTS = 4;  // of the sums of proj and fc2, which as many threads can share
+constexpr int64_t PART_ROWS = 8;   // rows for which they do
 constexpr int64_t ROW_BLOCK = 96;  // activation rows worked on at a time: with one panel they fit the L2 cache
 
 #if defined(__AVX512BF16__)
@@ -70,6 +72,8 @@ struct Shape {
     int64_t group;  // heads whose queries, keys and values fill whole panels together
     int64_t groups;
     int64_t group_panels;
+    int64_t
+        parts;  // of the sums over the inputs of proj and fc2; a part of a group or of a hidden panel is in one of them
     bool scale;
     int precision;
 

@@ -17,12 +17,15 @@ void place(Arena& arena, Workspace& w) {
     w.mixed = arena.take<char>(rows * stride(s.C) * operand);
     w.hidden = arena.take<char>(rows * stride(s.F) * operand);
     w.ab = arena.take<float>(rows * stride(s.out));
+    const int64_t few = rows.bad || rows.value > PART_ROWS ? PART_ROWS : rows.value;
+    for (float*& sums : w.sums) sums = arena.take<float>(s.parts * few * stride(s.C));
     w.cache = arena.take<char>(Bytes{s.L, false} * w.rows * s.H * s.Tp * (2 * s.Ep) * s.cache_bytes());
     Scratch counted;
     for (int t = 0; t < w.threads; ++t) {
         Scratch& scratch = arena.base ? w.scratch[t] : counted;
         scratch.operands = arena.take<float>(Bytes{block, false} * widest);
-        scratch.y = arena.take<float>(block * PANEL);
+        scratch.y = arena.take<float>(2 * block * PANEL);
+        scratch.h = arena.take<float>(few * stride(s.C));
         scratch.attention = arena.take<float>(attention_scratch(w.window, s.Ep, s.Tp));
         arena.take<char>(int64_t(128));  // no two threads share a line, nor the pair a processor fetches
     }

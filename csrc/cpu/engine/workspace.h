@@ -7,7 +7,8 @@ namespace tf::TF_ISA {
 // What one thread alone writes.
 struct Scratch {
     void* operands;    // [min(rows, ROW_BLOCK)][stride(C or D)]: a block of rows normalised, or of tokens
-    float* y;          // [ROW_BLOCK][PANEL]
+    float* y;          // [2][ROW_BLOCK][PANEL]
+    float* h;          // [min(rows, PART_ROWS)][stride(C)]: its own copy of Workspace::h, where threads share sums
     float* attention;  // attention_scratch()
 };
 
@@ -20,6 +21,7 @@ struct Workspace {
     void* mixed;       // [R W][stride(C)], operands: what attention gives
     void* hidden;      // [R W][stride(F)], operands
     float* ab;         // [R W][stride(out)]
+    float* sums[2];    // [parts][min(R W, PART_ROWS)][stride(C)]: of proj, of fc2
     void* cache;       // [L][R][H]: keys [Tp][Ep], then values [Tp][Ep]
     Scratch* scratch;  // [threads]
     void* memory;
