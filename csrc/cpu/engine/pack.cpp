@@ -204,7 +204,7 @@ int test_matmul(const float* x, const float* w, const float* bias, float* y, int
     Matrix m = {};
     m.inputs = storage == STORE_BF16 ? round_up(K, 2) : K, m.columns = panels(N) * PANEL, m.storage = storage;
     m.parts = 1, m.ends[0] = m.inputs;
-    const int64_t bytes = (m.inputs + 2) * m.columns * 4 + M * stride(K) * 4 + 2 * ROW_BLOCK * PANEL * 4;
+    const int64_t bytes = (m.inputs + 2) * m.columns * 4 + M * stride(K) * 4 + matmul_room(ROW_BLOCK) * 4;
     char* memory = static_cast<char*>(allocate(bytes));
     if (!memory) return TF_NO_MEMORY;
     m.weights = memory;

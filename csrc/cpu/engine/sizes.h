@@ -8,7 +8,7 @@ namespace tf::TF_ISA {
 constexpr int PANEL = 64;          // output columns packed together: one cache line of int8, four of fp32
 constexpr int KEYS = 16;           // keys stored together
 constexpr int64_t MOST_PARTS = 4;  // of the sums of proj and fc2, which as many threads can share
-constexpr int64_t PART_ROWS = 8;   // rows for which they do
+constexpr int64_t PART_ROWS = 2;   // activation rows for which they do: of more, the sums cost what the meetings did
 constexpr int64_t ROW_BLOCK = 96;  // activation rows worked on at a time: with one panel they fit the L2 cache
 
 #if defined(__AVX512BF16__)
