@@ -234,6 +234,17 @@ inline void store(float* p, vf v, int n) {
 }
 #endif
 
+// The first n lanes of v, the others of `rest`.
+inline vf first_of(vf v, int n, vf rest) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_mask_mov_ps((__m512)rest, first(n), (__m512)v);
+#else
+    vi lane;
+    for (int k = 0; k < W; ++k) lane[k] = k;
+    return select(lane < n, v, rest);
+#endif
+}
+
 // ---- 16-bit storage ------------------------------------------------------------------------------------------------
 // Stores round to nearest, ties to even, denormals kept, a NaN stays a NaN. Done on the integers where the machine's own
 // instruction would flush denormals (bfloat16) or is missing (half precision on the plain machine).

@@ -181,8 +181,10 @@ inline float largest_lane(vf v) {
 template <class Query>
 inline float soft_max(float* scores, int64_t n) {
     const int64_t end = round_up(n, KEYS);
-    for (int64_t t = n; t < end; ++t) scores[t] = -INFINITY;
-    vf most = splat(-INFINITY);
+    const vf none = splat(-INFINITY);
+    for (int64_t t = n / W * W; t < end; t += W)
+        store(scores + t, n > t ? first_of(load(scores + t), int(n - t), none) : none);
+    vf most = none;
     for (int64_t t = 0; t < end; t += W) most = max(most, load(scores + t));
     const vf largest = splat(largest_lane(most));
     vf total = zero();
@@ -195,14 +197,17 @@ inline float soft_max(float* scores, int64_t n) {
     return sum(total);
 }
 
-// sums (2 chains, Ep each) += p[t] values[t] for begin <= t < end, begin a multiple of 4; V vectors of the head from e
+// sums (2 chains, Ep each; from 0 on where begin is 0) += p[t] values[t] for begin <= t < end, begin a multiple of 4; V vectors of the head from e
 // on.
 template <int V, class Query, class Cache>
 inline void add_values(const Query* p, const Cache* values, int64_t Ep, int64_t e, int64_t begin, int64_t end,
                        float* sums) {
     vf sum[2][V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[0][v] = load(sums + e + v * W), sum[1][v] = load(sums + Ep + e + v * W);
+    for (int v = 0; v < V; ++v) {
+        sum[0][v] = begin ? load(sums + e + v * W) : zero();
+        sum[1][v] = begin ? load(sums + Ep + e + v * W) : zero();
+    }
     int64_t t = begin;
     for (; t + 4 <= end; t += 4)
 #pragma GCC unroll 8
@@ -238,10 +243,7 @@ inline void attend(const Query* q, int64_t q_stride, int64_t queries, int64_t po
     for (int64_t b = 0; b < blocks; ++b)
         for (int64_t w = 0; w < queries; ++w)
             score_block(q + w * q_stride, keys + b * Ep * KEYS, Ep, scratch + w * Tp + b * KEYS);
-    for (int64_t w = 0; w < queries; ++w) {
-        totals[w] = soft_max<Query>(scratch + w * Tp, position + w + 1);
-        for (int64_t e = 0; e < 2 * Ep; e += W) store(sums + w * 2 * Ep + e, zero());
-    }
+    for (int64_t w = 0; w < queries; ++w) totals[w] = soft_max<Query>(scratch + w * Tp, position + w + 1);
     for (int64_t begin = 0; begin < position + queries; begin += VALUES)
         for (int64_t w = 0; w < queries; ++w) {
             const int64_t last = position + w + 1, end = begin + VALUES < last ? begin + VALUES : last;

@@ -24,12 +24,9 @@ template <class Operand>
 inline void layer_norm(const float* x, const float* gain, const float* shift, int64_t n, Operand* y) {
     const float mean = sum_row(n, [=](int64_t k, int m) { return load_part(x + k, m); }) / float(n);
     const vf ones = splat(1.0f);
-    float first[W];
-    for (int k = 0; k < W; ++k) first[k] = float(k);
-    const vf lane = load(first);
     const float square = sum_row(n, [=](int64_t k, int m) {
         vf d = load_part(x + k, m) - mean;
-        if (m < W) d = select(lane < splat(float(m)), d, zero());
+        if (m < W) d = first_of(d, m, zero());
         return d * d;
     });
     const vf inverse = ones / sqrt(splat(square / float(n) + NORM_EPS));
