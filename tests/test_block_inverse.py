@@ -4,6 +4,7 @@ TARFLOW_SWEEP=2000 draws that many blocks instead of a few, in every test that d
 """
 
 import copy
+import ctypes
 import os
 from contextlib import nullcontext
 
@@ -119,6 +120,37 @@ def test_bits_do_not_depend_on_threads_split_or_grouping(precision, threads):
             for options in ({"split": "columns"}, {"split": "rows"}, {"memory_limit": three_rows}):
                 again = run(case, precision, **options)
                 assert same_bits(x, again[0]) and same_bits(log_det, again[1]), (number, options)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("guided", [False, True])
+def test_bits_of_few_rows_whose_threads_share_sums(precision, guided, threads, monkeypatch):
+    """One row, whose threads go on from any stage at which another number of them stopped."""
+    for sizes in (dict(channels=128), dict(channels=256), dict(channels=160, head_size=32)):
+        case = small_case(B=1, num_tokens=9, num_classes=0, **sizes)
+        case = case._replace(guidance=Guidance(1.5, attn_temp=0.8) if guided else Guidance())
+        threads(1)
+        x, log_det = run(case, precision, split="columns")
+        for number in (2, 3, 4, 6):
+            threads(number)
+            again = run(case, precision, split="columns")
+            assert same_bits(x, again[0]) and same_bits(log_det, again[1]), number
+
+        def stop_and_go(engine, job, *_):
+            plan, stage = engine._plan, ctypes.c_int64(0)
+            arguments, turn = (ctypes.byref(job), ctypes.byref(stage), 0.0), 0
+            while stage.value < 8 * (plan.sizes.layers + 2):
+                before, turn = stage.value, turn + 1
+                number = (1, 2, 4, 3, 2, 1, 1, 4)[turn % 8]
+                assert plan.library.tf_invert(plan.handle, engine._workspace.handle, *arguments, number) == 0
+                assert stage.value in (before + 1, before + 2)
+
+        threads(4)
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_run", stop_and_go)
+            again = run(case, precision, split="columns")
+        assert same_bits(x, again[0]) and same_bits(log_det, again[1])
 
 
 @pytest.mark.every_isa
