@@ -99,7 +99,7 @@ def _path_in_call(block: MetaBlock, z: Tensor, call: InverseCall) -> InversePath
     """`find_path`, for all blocks of the call when its first one comes: one after another they take half the time that
     they take between inversions, which leave none of Python's code in the caches."""
     if not call.paths:
-        call.paths = {id(each): find_path(each, z, call) for each in call.blocks}
+        call.paths = {id(each): find_path(each, z, call) for each in reversed(call.blocks)}
     return call.paths.get(id(block)) or find_path(block, z, call)
 
 
