@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from tarflow_fast.plain import FORWARD_HOOKS, global_hooks, not_plain
 
@@ -97,9 +98,9 @@ def _inspect(block: MetaBlock, device: str) -> Weights:
     for tensor in (*tensors, block.class_embed):
         if tensor is None:
             continue
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+        if type(tensor) is not Parameter and type(tensor) is not Tensor:
             raise _Refused(f"a parameter is a {type(tensor).__name__}")
-        if tensor.dtype != dtype or tensor.layout != layout or not getattr(tensor, here):
+        if tensor.dtype is not dtype or tensor.layout is not layout or not getattr(tensor, here):
             raise _Refused(f"a parameter is {tensor.dtype} on {tensor.device}, pos_embed {dtype} on {device}")
     whole = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
     return Weights(whole, head_size, hidden, len(layers))
