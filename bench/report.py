@@ -44,9 +44,15 @@ def _lines(path):
 
 
 def _commit():
+    """The commit measured, "-dirty" where a file of it was changed; results are no part of what is measured."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True).stdout.strip()
+
     folder = Path(__file__).parent
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    commit = git("describe", "--always")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
+    return (commit + "-dirty" if changed else commit) or "unknown"
 
 
 def markdown(rows):
