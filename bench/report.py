@@ -46,10 +46,11 @@ def _lines(path):
 def _commit():
     """The commit measured, "-dirty" where a file of it was changed; results are no part of what is measured."""
 
+    folder = Path(__file__).parent
+
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True).stdout.strip()
 
-    folder = Path(__file__).parent
     commit = git("describe", "--always")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
     return (commit + "-dirty" if changed else commit) or "unknown"

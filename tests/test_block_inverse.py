@@ -12,6 +12,7 @@ import pytest
 import torch
 from compare import assert_accurate, same_bits
 from engine_cases import BlockCase, draw_case, in_torch, random_block
+from flows import random_flow, random_noise
 from torch import nn
 
 from tarflow_fast import TarFlow, native
@@ -209,6 +210,18 @@ def test_windows_have_the_bits_of_single_tokens(precision, channels, head_size):
 
 
 @pytest.mark.every_isa
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_windows_of_few_rows_have_the_same_bits_on_any_number_of_threads(precision, threads):
+    case = small_case(num_tokens=12, channels=256)
+    for rows, cuts in ((1, [(t, t + 1) for t in range(12)]), (1, [(0, 2), (2, 4), (4, 12)]), (2, [(0, 1), (1, 12)])):
+        threads(1)
+        single = net(case, precision, cuts, rows)
+        for number in (2, 3, 4):
+            threads(number)
+            assert same_bits(net(case, precision, cuts, rows), single), (rows, cuts, number)
+
+
+@pytest.mark.every_isa
 def test_one_window_is_the_forward_net():
     case = small_case(num_tokens=70)
     block, tokens = copy.deepcopy(case.block).double(), case.z[:3].double().flip(1)
@@ -251,6 +264,20 @@ def test_every_block_of_a_model_is_inverted_natively_by_default():
     assert [why_not(block) for block in model.blocks] == ["", ""]
     rows = {row["backend"]: row for row in explain() if row["op"] == "block_inverse"}
     assert rows["cpu"]["available"] and rows["torch"]["available"] and not rows["cuda"]["available"]
+
+
+@pytest.mark.filterwarnings("ignore:tarflow_fast inverts")
+def test_what_a_hook_does_to_a_later_block_is_seen():
+    """Block 1 is inverted first, through its modules; its hook lays out a weight of block 0 otherwise, or doubles it."""
+    model = random_flow()
+    z, last = random_noise(model), model.blocks[0].proj_out
+    layout, scaled = last.weight.data.t().contiguous().t(), Scaled(64, last.out_features)
+    scaled.weight, scaled.bias = last.weight, last.bias
+    for change in (lambda: setattr(last.weight, "data", layout), lambda: setattr(model.blocks[0], "proj_out", scaled)):
+        hook = model.blocks[1].proj_in.register_forward_hook(lambda *_, change=change: change())
+        x = model.reverse(z)
+        hook.remove()
+        assert (x - model.reverse(z)).abs().max() < 1e-5
 
 
 class Scaled(nn.Linear):

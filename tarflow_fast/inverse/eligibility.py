@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from tarflow_fast.plain import FORWARD_HOOKS, global_hooks, not_plain
 
@@ -94,16 +93,15 @@ def _inspect(block: MetaBlock, device: str) -> Weights:
         raise _Refused(f"head size {head_size} is not 16 to 128 and a divisor of {C}")
     if pos_embed.dtype not in DTYPES:
         raise _Refused(f"its parameters are {pos_embed.dtype}")
-    dtype, layout, here = pos_embed.dtype, pos_embed.layout, f"is_{device}"
+    parameter, dtype, layout, here = nn.Parameter, pos_embed.dtype, pos_embed.layout, f"is_{device}"
     for tensor in (*tensors, block.class_embed):
         if tensor is None:
             continue
-        if type(tensor) is not Parameter and type(tensor) is not Tensor:
+        if type(tensor) is not parameter and type(tensor) is not Tensor:
             raise _Refused(f"a parameter is a {type(tensor).__name__}")
         if tensor.dtype is not dtype or tensor.layout is not layout or not getattr(tensor, here):
             raise _Refused(f"a parameter is {tensor.dtype} on {tensor.device}, pos_embed {dtype} on {device}")
-    whole = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
-    return Weights(whole, head_size, hidden, len(layers))
+    return Weights(tensors, head_size, hidden, len(layers))
 
 
 def _children(module: nn.Module, kind: type, name: str) -> dict[str, nn.Module]:

@@ -159,7 +159,7 @@ class Plan(_Native):
         Raises:
             ValueError: a weight is NaN or infinite; named. The plan is then not usable until packed again.
         """
-        tensors = weights.tensors
+        tensors = [tensor if tensor is None else tensor.contiguous() for tensor in weights.tensors]
         pointers = (ctypes.c_void_p * len(tensors))(*(native.pointer(tensor) for tensor in tensors))
         dtype, bad = native.DTYPES[tensors[0].dtype], ctypes.c_int64(-1)
         status = self.library.tf_plan_pack(self.handle, pointers, dtype, native.threads(), ctypes.byref(bad))

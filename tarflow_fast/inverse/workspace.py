@@ -44,7 +44,7 @@ class InverseCall:
             raise TypeError(f"reverse: memory_limit must be an int (bytes) or None, got {type(memory_limit).__name__}")
         self.backend, self.precision, self.differentiable = backend, precision, differentiable
         self.memory_limit, self.blocks = memory_limit, blocks
-        self.paths: dict[int, InversePath] = {}  # of `blocks`, by id
+        self.paths: dict[int, InversePath] | None = None  # of `blocks` still to come, by id; None: not looked at yet
         self.told = False  # whether it was said that a block is left to PyTorch
         self._kv_cache: KVCache | None = None
         self._engine: Engine | None = None

@@ -168,14 +168,6 @@ inline void score_block(const Query* q, const Cache* keys, int64_t Ep, float* sc
     }
 }
 
-inline float largest_lane(vf v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);  // the wait for it is a tenth of a short attention
-#else
-    return max_lane(v);
-#endif
-}
-
 // scores[0 .. n) -> exp(score - max), zeros up to a whole block; returns the sum. Query bf16: the probabilities are
 // left as bf16 at the start of the row, and the sum is that of the rounded ones.
 template <class Query>
@@ -186,7 +178,7 @@ inline float soft_max(float* scores, int64_t n) {
         store(scores + t, n > t ? first_of(load(scores + t), int(n - t), none) : none);
     vf most = none;
     for (int64_t t = 0; t < end; t += W) most = max(most, load(scores + t));
-    const vf largest = splat(largest_lane(most));
+    const vf largest = splat(max_lane(most));
     vf total = zero();
     Query* p = reinterpret_cast<Query*>(scores);  // behind or at what is read
     for (int64_t t = 0; t < end; t += W) {
@@ -197,8 +189,8 @@ inline float soft_max(float* scores, int64_t n) {
     return sum(total);
 }
 
-// sums (2 chains, Ep each; from 0 on where begin is 0) += p[t] values[t] for begin <= t < end, begin a multiple of 4; V vectors of the head from e
-// on.
+// sums (2 chains, Ep each; from 0 on where begin is 0) += p[t] values[t] for begin <= t < end, begin a multiple of 4; V
+// vectors of the head from e on.
 template <int V, class Query, class Cache>
 inline void add_values(const Query* p, const Cache* values, int64_t Ep, int64_t e, int64_t begin, int64_t end,
                        float* sums) {

@@ -93,7 +93,7 @@ template <class P>
 void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads) {
     const tf_inversion& in = job.in;
     const int64_t stages = job.plan.shape.L + 2, begin = *stage;
-    const bool by_rows = rows_over_threads(job.plan, in.batch * job.share, threads, in.split);
+    const bool by_rows = rows_over_threads(job.plan, in.batch * job.share, in.batch, threads, in.split);
     const double start = seconds();
     if (!by_rows && in.split == TF_SPLIT_AUTO && start < job.space.alone_until) threads = 1;
     int64_t stop = end;

@@ -1,5 +1,6 @@
-// What one thread of a team does in each stage of a pass: W tokens of each row through the net. Stages end with a
-// barrier, so the next may read what any thread wrote. Threads own columns; a team of one owns everything.
+// What one thread of a team does in each stage of a pass: W tokens of each row through the net. Threads own columns, and
+// meet at the end of a stage, so the next may read what any thread wrote; or they share sums (Pass::by_parts), and meet
+// only over these. proj_out leaves the meeting to its caller. A team of one owns everything.
 #pragma once
 #include "../gelu.h"
 #include "attention.h"

@@ -16,6 +16,10 @@ constexpr int columns_of(int M) {
     return M <= 3 ? 4 : 2;
 }
 
+// Whether a row of weights is held in registers beside the accumulators: with 16 registers there is not always room.
+template <int M, int V>
+constexpr bool held = M > 1 && (M + 1) * V < (W == 16 ? 32 : 16);
+
 // step(): the products of one stored row of weights, V vectors from w on, with M rows of a; INPUTS inputs. After RUN
 // steps the sums are added to the total and start again at 0: the rounding error of long sums is a third of one
 // chain's.
@@ -32,7 +36,7 @@ struct MathF32 {
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
             row[v] = load(w + v * W);
-            if (M > 1) hold(row[v]);
+            if (held<M, V>) hold(row[v]);
         }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
@@ -56,8 +60,9 @@ struct MathBf16 {
         __m512bh row[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
-            row[v] = (__m512bh)_mm512_loadu_si512(w + 2 * v * W);
-            if (M > 1) hold(row[v]);
+            __m512i pairs = _mm512_loadu_si512(w + 2 * v * W);
+            if (held<M, V>) hold(pairs);  // as integers: some compilers know no register for 16-bit floats
+            row[v] = (__m512bh)pairs;
         }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
@@ -220,7 +225,8 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
                     const int64_t each = (lines / tiles + steps - 1) / steps;
                     TileOf run = each >= 2 ? choose<Math, 2>(height) : choose<Math, 1>(height);
                     if (tiles == 1) {  // it meets its weights first, in order: the machine fetches ahead by itself
-                        run = choose<Math, Math::AHEAD ? 1 : 0>(height);
+                        // (a part alone is short, and what follows it is another thread's)
+                        run = Math::AHEAD && whole ? choose<Math, 1>(height) : choose<Math, 0>(height);
                         ahead = reinterpret_cast<const char*>(w) + Math::AHEAD;
                     }
                     run(a + begin * stride + k, stride, w, steps, ends, y + begin * PANEL, of_part + begin * PANEL,

@@ -18,7 +18,7 @@ struct Source {
 
 // The sign bits of `bad` turn 1 for a NaN or an infinity. One instruction a vector waits for the one before: a maximum's
 // compare and select took twice the time of the transposes.
-inline void note(vu& bad, vf v) { bad |= (bits<vu>(v) & 0x7fffffffu) + 0x00800000u; }
+inline void note_finite(vu& bad, vf v) { bad |= (bits<vu>(v) & 0x7fffffffu) + 0x00800000u; }
 
 inline bool finite(vu bad) {
     uint32_t any = 0;
@@ -66,6 +66,8 @@ struct Packer {
     float scales[PANEL];
     vu bad = {};
 
+    explicit Packer(const Job& what) : job(what) {}
+
     static inline void words(const E* row, int64_t k, int64_t n, float scale, uint32_t* out, vu& bad) {
         for (int at = 0; at < TILE; at += W) {
             const vf v = load_left(row, k + at, n);
@@ -79,7 +81,7 @@ struct Packer {
                 const vi q = bits<vi>(v / splat(scale) + round_to_int) - bits<int32_t>(round_to_int);
                 memcpy(out + at, &q, sizeof q);
             }
-            note(bad, v);
+            note_finite(bad, v);
         }
     }
 
@@ -148,11 +150,11 @@ template <class E>
 bool pack_weights(const Job& job, int64_t panel) {
     switch (job.matrix->storage) {
         case STORE_F32:
-            return Packer<E, STORE_F32>{job}.run(panel);
+            return Packer<E, STORE_F32>(job).run(panel);
         case STORE_BF16:
-            return Packer<E, STORE_BF16>{job}.run(panel);
+            return Packer<E, STORE_BF16>(job).run(panel);
         default:
-            return Packer<E, STORE_INT8>{job}.run(panel);
+            return Packer<E, STORE_INT8>(job).run(panel);
     }
 }
 
@@ -163,7 +165,7 @@ bool read(const void* data, int64_t first, int64_t n, float* y) {
     vu bad = {};
     store_row(y, n, [&](int64_t k, int m) {
         const vf v = m == W ? load(x + k) : load(x + k, m);
-        note(bad, v);
+        note_finite(bad, v);
         return v;
     });
     return finite(bad);

@@ -8,7 +8,7 @@ void run_pass(const Plan& plan, Workspace& space, const tf_pass_arguments& job, 
     const Shape& s = plan.shape;
     const int64_t share = job.guided ? 2 : 1, source_rows = job.rows / share;
     const Tokens tokens = {job.tokens, job.window * s.D, s.D, share};
-    const bool by_rows = rows_over_threads(plan, job.rows * job.window, threads, job.split);
+    const bool by_rows = rows_over_threads(plan, job.rows * job.window, source_rows, threads, job.split);
     run_teams(useful_threads(plan, threads, by_rows), by_rows, source_rows, share,
               [&](Team team, int thread, Range rows) {
                   Clock clock(nullptr);

@@ -13,25 +13,27 @@ namespace {
 constexpr int64_t SMALL_PLAN = int64_t(8) << 20;  // bytes of weights that are read in little more than a meeting takes
 
 // Rows over threads: nobody waits and no thread reads what another wrote, but every thread reads all weights, which must
-// then come from a cache, and be used for enough rows. Four rows a thread hide that where weights take a few MB (C 128,
-// 8 rows, two threads: bf16 29 us a step, 34 by columns); of 12 MB the reads would still be the limit. With fewer rows
-// only where there are not even columns for all threads.
-inline bool rows_over_threads(const Plan& plan, int64_t rows, int threads, int mode) {
+// then come from a cache, and be used for enough rows. Four rows a thread hide that where weights take a few MB (4
+// layers of C 128, 8 rows, two threads of a Zen 5: bf16 29 us a step, 34 by columns); of 12 MB the reads would still be
+// the limit. With fewer rows only where there are not even columns for all threads. `units` of rows stay together.
+inline bool rows_over_threads(const Plan& plan, int64_t rows, int64_t units, int threads, int mode) {
     if (threads == 1) return false;
     if (mode != TF_SPLIT_AUTO) return mode == TF_SPLIT_ROWS;
+    if (units < threads) return false;
     const int64_t enough = plan.bytes <= SMALL_PLAN ? 4 : 12;
     return plan.bytes <= 2 * SMALL_PLAN &&
            (rows >= enough * threads || (rows >= threads && panels(plan.shape.C) < threads));
 }
 
-// More threads than this only wait for one another: a matrix has no more columns to share.
+// More threads than this only wait for one another: a matrix has no more columns to share, a barrier no more counts.
 inline int useful_threads(const Plan& plan, int threads, bool by_rows) {
     const int64_t columns = 2 * panels(plan.shape.C), most = columns < MOST_THREADS ? columns : MOST_THREADS;
     return by_rows || threads <= most ? threads : int(most);
 }
 
-// Whether the team shares sums (Pass::by_parts) for so many activation rows: one row of C 128 takes 10 us a step rather
-// than 11, and where two cores are far apart 15 rather than 21; at C 256 in fp32, 12 MB, nothing is gained.
+// Whether the team shares sums (Pass::by_parts) for so many activation rows. One row through 4 layers of C 128 in bf16
+// takes two threads of a Zen 5 10 us rather than 11, and while its two cores were far apart 15 rather than 21; at C 256
+// in fp32, 12 MB of weights, nothing is gained.
 inline bool share_sums(const Plan& plan, const Team& team, int64_t rows) {
     return team.size > 1 && team.size <= plan.shape.parts && rows <= PART_ROWS && plan.bytes <= SMALL_PLAN;
 }

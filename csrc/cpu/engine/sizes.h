@@ -72,8 +72,7 @@ struct Shape {
     int64_t group;  // heads whose queries, keys and values fill whole panels together
     int64_t groups;
     int64_t group_panels;
-    int64_t
-        parts;  // of the sums over the inputs of proj and fc2; a part of a group or of a hidden panel is in one of them
+    int64_t parts;  // of the sums of proj and fc2; no group of heads and no panel of hidden is split
     bool scale;
     int precision;
 

@@ -17,11 +17,11 @@ inline double seconds() {
 
 constexpr int MOST_THREADS = 256;  // of a team
 
-// Each thread counts the meetings it has come to where the others can see it: one cache line changes hands a thread and
-// meeting, where one counter for all would be fetched, written and fetched again, the others waiting. Waiting: spin (the
-// others are a microsecond behind), then yield (they lost their core), then nap.
+// Each thread counts the meetings it has come to where the others can see it: of two threads, one cache line changes
+// hands each way, where one counter for both would be fetched, written and fetched again. Waiting: spin (the others are a
+// microsecond behind), then yield (they lost their core), then nap.
 struct Barrier {
-    struct alignas(64) Count {
+    struct alignas(128) Count {  // a processor fetches lines in pairs
         uint32_t value = 0;
     } count[MOST_THREADS];
     int64_t lost = 0;  // nanoseconds napped, by all together: the others were not even running

@@ -21,7 +21,7 @@ struct Workspace {
     void* mixed;       // [R W][stride(C)], operands: what attention gives
     void* hidden;      // [R W][stride(F)], operands
     float* ab;         // [R W][stride(out)]
-    float* sums[2];    // [parts][min(R W, PART_ROWS)][stride(C)]: of proj, of fc2
+    float* sums[2];    // of proj, of fc2: [parts][R W][stride(C)] for up to PART_ROWS
     void* cache;       // [L][R][H]: keys [Tp][Ep], then values [Tp][Ep]
     Scratch* scratch;  // [threads]
     void* memory;
