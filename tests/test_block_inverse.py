@@ -268,7 +268,7 @@ def test_every_block_of_a_model_is_inverted_natively_by_default():
 
 @pytest.mark.filterwarnings("ignore:tarflow_fast inverts")
 def test_what_a_hook_does_to_a_later_block_is_seen():
-    """Block 1 is inverted first, through its modules; its hook lays out a weight of block 0 otherwise, or doubles it."""
+    """Block 1 comes first, through its modules; its hook lays out block 0's last weight otherwise, or doubles it."""
     model = random_flow()
     z, last = random_noise(model), model.blocks[0].proj_out
     layout, scaled = last.weight.data.t().contiguous().t(), Scaled(64, last.out_features)
