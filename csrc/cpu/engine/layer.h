@@ -126,7 +126,7 @@ struct Stages {
     }
 
     // Columns of qkv: queries scaled and kept, keys and values appended to the cache in place. Where 16 columns belong is
-    // divided out once a tile and counted on from there: divisions for each 16 were 5 % of a step at C 128.
+    // divided out once a tile and counted on from there.
     static void scatter(const Pass& p, int64_t layer, const Tile& tile) {
         const Shape& s = p.plan.shape;
         const float logits = 1.0f / sqrtf(float(s.E));

@@ -200,9 +200,7 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
     const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     constexpr int64_t SHARED = CHUNK_BYTES / PANEL / int64_t(sizeof(Weight));
     static_assert(SHARED % (Math::RUN * Math::INPUTS) == 0, "a chunk is whole runs");
-    // Half a page from y, so that no load of the one waits for a store to the other that looks alike in its low bits:
-    // with a whole page between them proj took 3.6 times as long.
-    float* of_part = y + round_up(rows * PANEL, 1024) + 512;
+    float* of_part = y + rows * PANEL;
     const bool whole = part == ALL;
     const int64_t from = whole ? 0 : part, to = whole ? m.parts : part + 1;
     for (int64_t panel = first; panel < last; ++panel) {

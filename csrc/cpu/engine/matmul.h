@@ -31,9 +31,8 @@ struct Tile {
 typedef void (*Finish)(void* context, const Tile& tile);
 
 // Rows row .. row + rows of a, starting at a itself (operands of the matrix's kind, `stride` apart), times panels
-// first .. last, each tile handed to `finish`. y: matmul_room(rows) floats, rows <= ROW_BLOCK. part: ALL, or the sum of
-// one part alone, without scale and bias.
-inline int64_t matmul_room(int64_t rows) { return 2 * rows * PANEL + 1536; }
+// first .. last, each tile handed to `finish`. y: 2 * rows * PANEL floats, rows <= ROW_BLOCK. part: ALL, or the sum
+// of one part alone, without scale and bias.
 constexpr int64_t ALL = -1;
 void matmul(const Matrix& m, const void* a, int64_t stride, int64_t row, int64_t rows, int64_t first, int64_t last,
             int64_t part, float* y, Finish finish, void* context);

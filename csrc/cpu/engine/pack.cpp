@@ -16,8 +16,8 @@ struct Source {
     int64_t index;  // of the tensor, to name it
 };
 
-// The sign bits of `bad` turn 1 for a NaN or an infinity. One instruction a vector waits for the one before: a maximum's
-// compare and select took twice the time of the transposes.
+// The sign bits of `bad` turn 1 for a NaN or an infinity. One instruction a vector waits for the one before, of a maximum
+// compare and select did (a block of 4 layers of C 128: 95 us, 75 so).
 inline void note_finite(vu& bad, vf v) { bad |= (bits<vu>(v) & 0x7fffffffu) + 0x00800000u; }
 
 inline bool finite(vu bad) {
@@ -89,7 +89,7 @@ struct Packer {
     void tile(int64_t panel, int c, int64_t k) {
         const Matrix& m = *job.matrix;
         alignas(64) uint32_t read[16][16], turned[16][16];
-        // 64 short pieces of rows are no order a machine guesses: from memory, without this, packing took twice the time.
+        // 64 short pieces of rows are no order a machine guesses: without this 226 MB took 22 ms to pack, so 18.
         if (const E* ahead = next[c / 16])
             for (int i = 0; i < 16; ++i)
                 for (int64_t at = 0; at < TILE; at += 64 / int64_t(sizeof(E)))
@@ -206,7 +206,7 @@ int test_matmul(const float* x, const float* w, const float* bias, float* y, int
     Matrix m = {};
     m.inputs = storage == STORE_BF16 ? round_up(K, 2) : K, m.columns = panels(N) * PANEL, m.storage = storage;
     m.parts = 1, m.ends[0] = m.inputs;
-    const int64_t bytes = (m.inputs + 2) * m.columns * 4 + M * stride(K) * 4 + matmul_room(ROW_BLOCK) * 4;
+    const int64_t bytes = (m.inputs + 2) * m.columns * 4 + M * stride(K) * 4 + 2 * ROW_BLOCK * PANEL * 4;
     char* memory = static_cast<char*>(allocate(bytes));
     if (!memory) return TF_NO_MEMORY;
     m.weights = memory;

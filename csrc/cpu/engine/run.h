@@ -32,7 +32,7 @@ inline int useful_threads(const Plan& plan, int threads, bool by_rows) {
 }
 
 // Whether the team shares sums (Pass::by_parts) for so many activation rows. One row through 4 layers of C 128 in bf16
-// takes two threads of a Zen 5 10 us rather than 11, and while its two cores were far apart 15 rather than 21; at C 256
+// takes two threads of a Zen 5 10 us rather than 11, and while its two cores were far apart 17 rather than 21; at C 256
 // in fp32, 12 MB of weights, nothing is gained.
 inline bool share_sums(const Plan& plan, const Team& team, int64_t rows) {
     return team.size > 1 && team.size <= plan.shape.parts && rows <= PART_ROWS && plan.bytes <= SMALL_PLAN;

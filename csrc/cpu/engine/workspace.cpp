@@ -1,7 +1,6 @@
 #include "workspace.h"
 
 #include "attention.h"
-#include "matmul.h"
 
 namespace tf::TF_ISA {
 namespace {
@@ -25,7 +24,7 @@ void place(Arena& arena, Workspace& w) {
     for (int t = 0; t < w.threads; ++t) {
         Scratch& scratch = arena.base ? w.scratch[t] : counted;
         scratch.operands = arena.take<float>(Bytes{block, false} * widest);
-        scratch.y = arena.take<float>(matmul_room(block));
+        scratch.y = arena.take<float>(2 * block * PANEL);
         scratch.h = arena.take<float>(few * stride(s.C));
         scratch.attention = arena.take<float>(attention_scratch(w.window, s.Ep, s.Tp));
         arena.take<char>(int64_t(128));  // no two threads share a line, nor the pair a processor fetches

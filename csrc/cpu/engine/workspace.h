@@ -7,7 +7,7 @@ namespace tf::TF_ISA {
 // What one thread alone writes.
 struct Scratch {
     void* operands;    // [min(rows, ROW_BLOCK)][stride(C or D)]: a block of rows normalised, or of tokens
-    float* y;          // matmul_room()
+    float* y;          // [2][ROW_BLOCK][PANEL]
     float* h;          // [min(rows, PART_ROWS)][stride(C)]: its own copy of Workspace::h, where threads share sums
     float* attention;  // attention_scratch()
 };
