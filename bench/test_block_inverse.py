@@ -8,9 +8,11 @@ GB/s        by the formulas of cost.py, and their share of the memory's speed, m
             median taken; left out where the weights of a block fit a 16 MB cache and do not stream; past 100 % where
             a part of them stays in the processor's cache from one step to the next
 GFLOP/s     likewise, and their share of the arithmetic peak of the format
+frozen      after model.freeze(): weights packed once, not in every call
 error       the largest |x - x64| against the float64 reference
 """
 
+import copy
 import statistics
 import time
 
@@ -41,6 +43,11 @@ CACHE = 16e6  # bytes: half of a 32 MB L3, whose other half holds the key/value 
 OURS = ("fp32", "bf16", "int8")
 
 
+def precision_of(variant):
+    precision = variant.removesuffix(" frozen")
+    return precision if precision in OURS else "fp32"
+
+
 def name_of(case):
     workload, B, guided = case[0]
     return f"{workload}-B{B}" + ("-guided" if guided else "")
@@ -64,7 +71,11 @@ def test_block_inverse(case, full, table, benchmark):
         "fp32": lambda: model.reverse(noise, labels, **guidance, precision="fp32"),
         "bf16": lambda: model.reverse(noise, labels, **guidance, precision="bf16"),
         "int8": lambda: model.reverse(noise, labels, **guidance, precision="int8"),
+        "fp32 frozen": lambda: frozen.reverse(noise, labels, **guidance, precision="fp32"),
+        "bf16 frozen": lambda: frozen.reverse(noise, labels, **guidance, precision="bf16"),
+        "int8 frozen": lambda: frozen.reverse(noise, labels, **guidance, precision="int8"),
     }
+    frozen = copy.deepcopy(model).freeze()
     improved, compiled = ImprovedSampler(reference), ImprovedSampler(reference, compiled=True)
 
     errors, one_round = {}, 0.0
@@ -73,14 +84,12 @@ def test_block_inverse(case, full, table, benchmark):
         images = run()
         one_round += time.perf_counter() - start
         assert images.isfinite().all(), variant
-        errors[variant] = truth.check(variant if variant in OURS else "fp32", images, model.patchify)
+        errors[variant] = truth.check(precision_of(variant), images, model.patchify)
 
     measured = Interleaved(variants)
     rounds = 1 if one_round > 150 else 2 if one_round > 75 else max(3, min(20, int((40 if full else 16) / one_round)))
     threads, reads = torch.get_num_threads(), []
-    streams = {
-        variant: weights_in_memory(workload, variant if variant in OURS else "fp32") > CACHE for variant in variants
-    }
+    streams = {variant: weights_in_memory(workload, precision_of(variant)) > CACHE for variant in variants}
 
     def others():
         if any(streams.values()):  # else it would only empty the cache
@@ -93,7 +102,7 @@ def test_block_inverse(case, full, table, benchmark):
 
     peak = flop_rates(threads)
     for variant in variants:
-        precision = variant if variant in OURS else "fp32"
+        precision = precision_of(variant)
         seconds = measured.summary(variant)
         cost = inverse_cost(workload, B, guided, precision)
         floor = cost.floor(max(reads) if streams[variant] else float("inf"), peak[precision])

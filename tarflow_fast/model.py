@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tarflow_fast.block import HEAD_SIZE, MetaBlock
 from tarflow_fast.checkpoint import CheckpointMixin
-from tarflow_fast.inverse import Guidance, InverseCall, invert_block
+from tarflow_fast.inverse import FrozenBlocks, Guidance, InverseCall, invert_block
 from tarflow_fast.likelihood import LikelihoodMixin
 from tarflow_fast.nonfinite import NonFinite, first_overflow
 from tarflow_fast.ops.registry import BACKENDS
 from tarflow_fast.validate import check_labels, check_positive_int, check_tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
@@ -38,6 +41,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
     Raises:
         TypeError, ValueError: an argument is of the wrong type, not positive, or does not divide as it must.
     """
+
+    _frozen: FrozenBlocks | None = None
 
     def __init__(
         self,
@@ -100,6 +105,37 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         if name not in BACKENDS:
             raise ValueError(f"TarFlow: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
         self._backend = name
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `freeze` was called, and not `unfreeze` since."""
+        return self._frozen is not None
+
+    def freeze(self) -> Self:
+        """Promise that weights and layers stay as they are, so that sampling on the CPU gets ready only once.
+
+        Without it every call of `reverse` and `sample` looks at every layer and packs every weight for the native
+        engine anew, and is never wrong about either. With it that is done once for each precision, at its first use;
+        the results are the same bits. Memory: one more copy of the weights for each precision used, in its format. A
+        copy or a pickle of the model is not frozen.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            RuntimeError: the native CPU engine cannot take a block (on another device, hooked, replaced), or is not
+                there. Later, from `reverse` and `sample`: a weight was written by what PyTorch counts (an optimizer,
+                `load_state_dict`, in-place operations) or moved. Hooks and layers put in, and what is written through
+                `.data`, are not noticed: `freeze` again.
+        """
+        self._frozen = None  # should this raise, nothing old is left in use
+        self._frozen = FrozenBlocks(self.blocks)
+        return self
+
+    def unfreeze(self) -> Self:
+        """Take the promise of `freeze` back and let go of the packed weights."""
+        self._frozen = None
+        return self
 
     @property
     def config(self) -> dict[str, object]:
@@ -221,7 +257,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         with (
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
             _progress_bar(K * (T - 1)) if progress else nullcontext() as bar,
-            InverseCall(self.backend, precision, differentiable, memory_limit, self.blocks) as call,
+            InverseCall(self.backend, precision, differentiable, memory_limit, self.blocks, self._frozen) as call,
         ):
             stages = [x]
             tokens = x * self.var.sqrt()

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from tarflow_fast.inverse.frozen import FrozenBlocks
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.inverse.workspace import InverseCall, KVCache
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
 
-__all__ = ["Guidance", "InverseCall", "KVCache", "invert_block"]
+__all__ = ["FrozenBlocks", "Guidance", "InverseCall", "KVCache", "invert_block"]
 
 
 def invert_block(

@@ -12,7 +12,6 @@ proj_in, proj_out, residual stream, normalisation, softmax, GELU, exp and log-de
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import native
+from tarflow_fast.inverse.classes import class_rows, class_table
 from tarflow_fast.inverse.eligibility import Weights, inspect
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.inverse.memory import available_memory
@@ -27,6 +27,7 @@ from tarflow_fast.inverse.plan import SPLITS, Plan, Sizes, Workspace
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
+    from tarflow_fast.inverse.frozen import FrozenBlocks
 
 __all__ = ["Engine"]
 
@@ -48,23 +49,31 @@ class _Inversion(ctypes.Structure):
 
 
 class Engine:
-    """The native side of one inverse call: one plan, packed anew for every block, and one workspace.
+    """The native side of one inverse call: one plan, packed anew for every block (or the plans of a frozen model), and
+    one workspace.
 
     A large batch is inverted in groups, with the same bits: as large as the memory limit allows, and where weights and
     key/value cache of a group fit the processor's cache, no larger than that.
 
     Args:
         precision: 'fp32', 'bf16' or 'int8'.
-        memory_limit: bytes the plan and the workspace may take together; None: most of what the machine has left.
+        memory_limit: bytes plans and workspace may take together; None: most of what the machine has left.
         split: 'auto', or 'rows' or 'columns' over the threads.
+        frozen: of a frozen model; it keeps the plans.
 
     Attributes:
         clock: None, or a float64 tensor (threads, len(PARTS)) to which the seconds each thread spends in each part of
             the passes are added.
     """
 
-    def __init__(self, precision: str, memory_limit: int | None = None, split: str = "auto") -> None:
-        self.precision, self.memory_limit, self.split = precision, memory_limit, SPLITS[split]
+    def __init__(
+        self,
+        precision: str,
+        memory_limit: int | None = None,
+        split: str = "auto",
+        frozen: FrozenBlocks | None = None,
+    ) -> None:
+        self.precision, self.memory_limit, self.split, self._frozen = precision, memory_limit, SPLITS[split], frozen
         self.clock: Tensor | None = None
         self._plan: Plan | None = None
         self._workspace: Workspace | None = None
@@ -95,11 +104,8 @@ class Engine:
             got = f"{tuple(clock.shape)} of {clock.dtype}"
             raise ValueError(f"block_inverse: clock must be {(threads, len(PARTS))} of torch.float64, got {got}")
         sizes, share = Sizes.of(block, weights, self.precision), 2 if guidance.active else 1
-        group = self._group(sizes, B, share)
-        if self._plan is None or self._plan.sizes.key() != sizes.key():
-            self._plan = None  # the old one goes before the new one is made
-            self._plan = Plan.of(sizes)
-        self._plan.pack(weights)
+        group = self._group(block, sizes, B, share)
+        self._take_plan(block, sizes, weights)
         space = self._workspace
         fits = space is not None and space.sizes.key() == sizes.key() and space.rows >= group * share
         if not fits or space.threads < threads:
@@ -108,7 +114,8 @@ class Engine:
 
         z32 = z.detach().to(torch.float32).contiguous()
         x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64, device="cpu")
-        classes = _class_rows(block, y, B, guidance.active)
+        table = class_table(block) if self._frozen is None else self._frozen.class_table(block)
+        classes = None if table is None else class_rows(table, y, B, guidance.active)
         tempered = guidance.active and guidance.attn_temp != 1
         # read by the library as float32 on the host, whatever the process's default dtype and device are
         plain = {"dtype": torch.float32, "device": "cpu"}
@@ -145,13 +152,23 @@ class Engine:
 
     def close(self) -> None:
         """Puts the memory aside for a later engine; without it the memory goes back with the object."""
-        things = self._plan, self._workspace
+        things = self._plan if self._frozen is None else None, self._workspace
         self._plan = self._workspace = None
         for thing in things:
             if thing is not None:
                 thing.put_aside()
 
-    def _group(self, sizes: Sizes, B: int, share: int) -> int:
+    def _take_plan(self, block: MetaBlock, sizes: Sizes, weights: Weights) -> None:
+        """Makes `_plan` this block's."""
+        if self._frozen is not None:
+            self._plan = self._frozen.plan(block, sizes, weights)
+            return
+        if self._plan is None or self._plan.sizes.key() != sizes.key():
+            self._plan = None  # the old one goes before the new one is made
+            self._plan = Plan.of(sizes)
+        self._plan.pack(weights)
+
+    def _group(self, block: MetaBlock, sizes: Sizes, B: int, share: int) -> int:
         """How many rows of the batch to invert together."""
         plan_bytes, group = Plan.bytes_of(sizes), B
         one = Workspace.bytes_of(sizes, share)
@@ -160,29 +177,20 @@ class Engine:
         if plan_bytes < CACHE:
             a_row = max(1, Workspace.bytes_of(sizes, 2 * share) - one)
             group = min(group, max((CACHE - plan_bytes) // a_row, -(-ROWS // share)))
-        limit = self.memory_limit
+        limit, held = self.memory_limit, 0 if self._plan is None else self._plan.bytes
+        if self._frozen is not None:
+            plan_bytes, held = self._frozen.bytes_with(block, sizes), self._frozen.bytes()
+        if self._workspace is not None:
+            held += self._workspace.bytes
         while True:
             needed = plan_bytes + Workspace.bytes_of(sizes, group * share)
             if limit is None and needed > _UNCHECKED:
-                limit = available_memory(held=sum(t.bytes for t in (self._plan, self._workspace) if t is not None))
+                limit = available_memory(held)
             if limit is None or needed <= limit:
                 return group
             if group == 1:
                 raise MemoryError(
-                    f"block_inverse: one row needs {needed:,} bytes (plan {plan_bytes:,}, workspace "
+                    f"block_inverse: one row needs {needed:,} bytes (plans {plan_bytes:,}, workspace "
                     f"{needed - plan_bytes:,}), over the limit of {limit:,}"
                 )
             group = (group + 1) // 2
-
-
-def _class_rows(block: MetaBlock, y: Tensor | None, B: int, guided: bool) -> Tensor | None:
-    """Class embeddings of the engine's rows, (R, C) float32; None for an unconditional block."""
-    if block.class_embed is None:
-        return None
-    embeddings = block.class_embed.detach()[:, 0].to(torch.float32)
-    mean = embeddings.mean(dim=0)
-    # one NaN or infinity makes its column's mean one; finite ones may overflow to it
-    if not math.isfinite(mean.sum().item()) and not torch.isfinite(embeddings).all():
-        raise ValueError("block_inverse: weights must be finite, got NaN or infinity in class_embed")
-    rows = mean.expand(B, -1) if y is None else torch.where((y < 0)[:, None], mean, embeddings[y.clamp(min=0)])
-    return (torch.stack([rows, mean.expand(B, -1)], dim=1) if guided else rows).reshape(-1, mean.numel()).contiguous()

@@ -14,6 +14,7 @@ from tarflow_fast.inverse.plan import PRECISIONS
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
     from tarflow_fast.inverse.engine import Engine
+    from tarflow_fast.inverse.frozen import FrozenBlocks
     from tarflow_fast.inverse.graph import GraphWorkspace
     from tarflow_fast.ops.block_inverse import InversePath
 
@@ -28,6 +29,7 @@ class InverseCall:
         memory_limit: bytes the engine may take, of the host or the GPU; None: most of what the machine has left. A
             larger batch is inverted in parts.
         blocks: those of the model, by which messages number a block.
+        frozen: of a frozen model: what is known of its blocks, and their packed weights.
     """
 
     def __init__(
@@ -37,13 +39,14 @@ class InverseCall:
         differentiable: bool = False,
         memory_limit: int | None = None,
         blocks: Sequence[nn.Module] = (),
+        frozen: FrozenBlocks | None = None,
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"reverse: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
         if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int)):
             raise TypeError(f"reverse: memory_limit must be an int (bytes) or None, got {type(memory_limit).__name__}")
         self.backend, self.precision, self.differentiable = backend, precision, differentiable
-        self.memory_limit, self.blocks = memory_limit, blocks
+        self.memory_limit, self.blocks, self.frozen = memory_limit, blocks, frozen
         self.paths: dict[int, InversePath] | None = None  # of `blocks` still to come, by id; None: not looked at yet
         self.told = False  # whether it was said that a block is left to PyTorch
         self._kv_cache: KVCache | None = None
@@ -73,7 +76,7 @@ class InverseCall:
         if self._engine is None or self._engine.precision != precision:
             from tarflow_fast.inverse.engine import Engine
 
-            self._engine = Engine(precision, self.memory_limit)
+            self._engine = Engine(precision, self.memory_limit, frozen=self.frozen)
         return self._engine
 
 

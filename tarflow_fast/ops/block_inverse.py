@@ -129,14 +129,17 @@ def find_path(block: MetaBlock, z: Tensor, call: InverseCall) -> InversePath:
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: the backend asked for by name cannot run; the reason is named.
+        RuntimeError: the backend asked for by name cannot run; the reason is named. A frozen model was changed.
     """
     first = _OP.resolve_name(call.backend, z.device, z.dtype)
     if first == "torch":
         return InversePath(first, first, "backend 'torch' was asked for" if asked_for(call.backend) == first else "")
     objection = call_reason(z, call)
     if not objection:
-        found = inspect(block) if first == "cpu" else why_not_graph(block, z, call.precision)
+        if first == "cpu":
+            found = inspect(block) if call.frozen is None else call.frozen.weights(block)
+        else:
+            found = why_not_graph(block, z, call.precision)
         if isinstance(found, Weights):
             return InversePath(first, first, weights=found)
         if not found:
