@@ -127,7 +127,7 @@ def _inverse(model: TarFlow, block: MetaBlock) -> tuple[str, str]:
     from tarflow_fast.ops.block_inverse import find_path
 
     try:
-        path = find_path(block, model.var[None], InverseCall(model.backend))
+        path = find_path(block, model.var[None], InverseCall(model.backend, frozen=model._frozen))
     except RuntimeError as error:
         return "none", str(error)
     op, device = OPS["block_inverse"], model.var.device

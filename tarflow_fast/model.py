@@ -112,21 +112,24 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         return self._frozen is not None
 
     def freeze(self) -> Self:
-        """Promise that weights and layers stay as they are, so that sampling on the CPU gets ready only once.
+        """Promise that weights and layers stay as they are: sampling on the CPU then packs its weights only once.
 
         Without it every call of `reverse` and `sample` looks at every layer and packs every weight for the native
-        engine anew, and is never wrong about either. With it that is done once for each precision, at its first use;
-        the results are the same bits. Memory: one more copy of the weights for each precision used, in its format. A
-        copy or a pickle of the model is not frozen.
+        engine, so that neither can be out of date. With it they are packed at the first call in each precision, for
+        the same bits. Memory: one more copy of the weights for each precision used, in that precision, until
+        `unfreeze`. Gradients, `requires_grad` and other devices are not concerned; a deep copy or a pickle of the model
+        is not frozen.
+
+        A change after all is an error of the next call that would use what was kept: a module or a parameter was
+        replaced, hooked, moved, or written as far as PyTorch counts writes. It does not count those through `.data`
+        or NumPy, by optimizers with fused=True, or to tensors made in inference mode: `freeze` again after those.
 
         Returns:
             The model itself.
 
         Raises:
             RuntimeError: the native CPU engine cannot take a block (on another device, hooked, replaced), or is not
-                there. Later, from `reverse` and `sample`: a weight was written by what PyTorch counts (an optimizer,
-                `load_state_dict`, in-place operations) or moved. Hooks and layers put in, and what is written through
-                `.data`, are not noticed: `freeze` again.
+                there; the reason is named.
         """
         self._frozen = None  # should this raise, nothing old is left in use
         self._frozen = FrozenBlocks(self.blocks)
@@ -236,8 +239,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             progress: show a progress bar over all tokens of all blocks.
             precision: 'fp32', 'bf16' or 'int8' (native CPU engine only), where an engine computes in it; None: that of
                 the parameters, bf16 under autocast(bfloat16).
-            memory_limit: bytes the engine may take, CPU or GPU (a larger batch is inverted in parts, with the same
-                bits); None: most of what the machine has left.
+            memory_limit: bytes the engine may take, CPU or GPU, all of what a frozen model keeps included (a larger
+                batch is inverted in parts, with the same bits); None: most of what the machine has left.
 
         Returns:
             Images (B, in_channels, height, width) in the dtype of x (of the parameters, where x is narrower under
@@ -246,7 +249,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
             NonFiniteError: see `nonfinite`.
-            RuntimeError: a backend or precision asked for by name cannot run.
+            RuntimeError: a backend or precision asked for by name cannot run; a frozen model was changed.
             MemoryError: one row alone needs more than `memory_limit`.
         """
         check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var, scaled=True)

@@ -15,7 +15,7 @@ __all__ = ["class_rows", "class_table"]
 
 
 def class_table(block: MetaBlock) -> Tensor | None:
-    """A block's class embeddings and below them their mean, (num_classes + 1, C) float32; None without classes.
+    """The mean of a block's class embeddings and then these, (1 + num_classes, C) float32; None without classes.
 
     Raises:
         ValueError: one is NaN or infinite.
@@ -27,7 +27,7 @@ def class_table(block: MetaBlock) -> Tensor | None:
     # one NaN or infinity makes its column's mean one; finite ones may overflow to it
     if not math.isfinite(mean.sum().item()) and not torch.isfinite(embeddings).all():
         raise ValueError("block_inverse: weights must be finite, got NaN or infinity in class_embed")
-    return torch.cat([embeddings, mean])
+    return torch.cat([mean, embeddings])
 
 
 def class_rows(table: Tensor, y: Tensor | None, B: int, guided: bool) -> Tensor:
@@ -35,6 +35,6 @@ def class_rows(table: Tensor, y: Tensor | None, B: int, guided: bool) -> Tensor:
 
     (B, C), or guided (2B, C).
     """
-    mean = table[-1:].expand(B, -1)
-    rows = mean if y is None else table[y.clamp(min=-1)]
+    mean = table[:1].expand(B, -1)
+    rows = mean if y is None else table[y.clamp(min=-1) + 1]
     return (torch.stack([rows, mean], dim=1).flatten(0, 1) if guided else rows).contiguous()

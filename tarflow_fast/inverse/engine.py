@@ -104,7 +104,7 @@ class Engine:
             got = f"{tuple(clock.shape)} of {clock.dtype}"
             raise ValueError(f"block_inverse: clock must be {(threads, len(PARTS))} of torch.float64, got {got}")
         sizes, share = Sizes.of(block, weights, self.precision), 2 if guidance.active else 1
-        group = self._group(block, sizes, B, share)
+        group = self._group(sizes, B, share)
         self._take_plan(block, sizes, weights)
         space = self._workspace
         fits = space is not None and space.sizes.key() == sizes.key() and space.rows >= group * share
@@ -168,7 +168,7 @@ class Engine:
             self._plan = Plan.of(sizes)
         self._plan.pack(weights)
 
-    def _group(self, block: MetaBlock, sizes: Sizes, B: int, share: int) -> int:
+    def _group(self, sizes: Sizes, B: int, share: int) -> int:
         """How many rows of the batch to invert together."""
         plan_bytes, group = Plan.bytes_of(sizes), B
         one = Workspace.bytes_of(sizes, share)
@@ -179,7 +179,7 @@ class Engine:
             group = min(group, max((CACHE - plan_bytes) // a_row, -(-ROWS // share)))
         limit, held = self.memory_limit, 0 if self._plan is None else self._plan.bytes
         if self._frozen is not None:
-            plan_bytes, held = self._frozen.bytes_with(block, sizes), self._frozen.bytes()
+            plan_bytes, held = self._frozen.bytes_for(self.precision), self._frozen.held
         if self._workspace is not None:
             held += self._workspace.bytes
         while True:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflow_fast import native
 from tarflow_fast.inverse.classes import class_table
 from tarflow_fast.inverse.eligibility import Weights, inspect
-from tarflow_fast.inverse.plan import Plan, Sizes
+from tarflow_fast.inverse.plan import PRECISIONS, Plan, Sizes
+from tarflow_fast.plain import FORWARD_HOOKS
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
@@ -19,10 +20,7 @@ __all__ = ["FrozenBlocks"]
 
 
 class FrozenBlocks:
-    """The weights of a model's blocks as they were found, and a plan for each block and precision, packed once.
-
-    What PyTorch counts (in-place operations, optimizers, `load_state_dict`), other memory (`.to()`) and other blocks
-    are noticed at the next use; hooks, replaced layers and what is written through `.data` are not.
+    """The blocks of a model as they were found, and for each precision their plans, packed at the first use.
 
     Args:
         blocks: those of the model.
@@ -34,14 +32,15 @@ class FrozenBlocks:
     def __init__(self, blocks: Sequence[MetaBlock]) -> None:
         if not native.available():
             raise RuntimeError(f"freeze: there is no native CPU engine to keep weights for: {native.reason()}")
-        self._found: dict[int, tuple[MetaBlock, Weights, list[tuple[int, int]]]] = {}
+        self._found: dict[int, tuple[MetaBlock, Weights, _Seen]] = {}
         self._plans: dict[tuple[int, int], Plan] = {}  # by block and precision
         self._tables: dict[int, Tensor | None] = {}
+        self._bytes: dict[int, int] = {}  # of all plans of a precision
         for number, block in enumerate(blocks):
             weights = inspect(block)
             if isinstance(weights, str):
                 raise RuntimeError(f"freeze: the native CPU engine cannot take block {number}: {weights}")
-            self._found[id(block)] = block, weights, _state(block, weights)
+            self._found[id(block)] = block, weights, _Seen(block, number)
 
     def __deepcopy__(self, memo: object) -> None:
         """A copy of the model has weights of its own: it is not frozen."""
@@ -53,51 +52,78 @@ class FrozenBlocks:
         """What `inspect(block)` found.
 
         Raises:
-            RuntimeError: the block is another, or a weight has changed.
+            RuntimeError: it is another block, or what `_Seen` looks at has changed.
         """
-        _, weights, state = self._found.get(id(block), (None, None, None))
-        if weights is None:
-            raise RuntimeError(f"{_CHANGED}: a block was replaced; {_REMEDY}")
-        now = _state(block, weights)
-        if now != state:
-            names = ["class_embed", *(weights.name(k) for k in range(len(weights.tensors)))]
-            name = next(name for name, old, new in zip(names, state, now, strict=True) if old != new)
-            raise RuntimeError(f"{_CHANGED}: {name} of a block is not what it was; {_REMEDY}")
+        _, weights, seen = self._found.get(id(block), (None, None, None))
+        change = "a block was replaced" if seen is None else seen.change()
+        if change:
+            raise RuntimeError(
+                f"reverse: the model was changed after freeze(): {change}; call freeze() again, or unfreeze()"
+            )
         return weights
 
     def plan(self, block: MetaBlock, sizes: Sizes, weights: Weights) -> Plan:
         """The block's packed weights. They are only read from then on, by any number of calls at once."""
-        plan = self._kept(block, sizes)
-        if plan is None:
+        plan = self._plans.get((id(block), sizes.precision))
+        if plan is None or not plan.usable:  # one made before a fork is not
             plan = self._plans[id(block), sizes.precision] = Plan.of(sizes).pack(weights)
         return plan
 
     def class_table(self, block: MetaBlock) -> Tensor | None:
-        """Its class embeddings and their mean, only to be read."""
+        """The block's class embeddings as the engine takes them, only to be read."""
         if id(block) not in self._tables:
             self._tables[id(block)] = class_table(block)
         return self._tables[id(block)]
 
-    def bytes(self) -> int:
-        """What the plans made so far take."""
-        return sum(plan.bytes for plan in [*self._plans.values()])
+    @property
+    def held(self) -> int:
+        """Bytes of the plans made so far."""
+        return sum(plan.bytes for plan in [*self._plans.values()] if plan.usable)
 
-    def bytes_with(self, block: MetaBlock, sizes: Sizes) -> int:
-        """The same when this block's is made."""
-        return self.bytes() + (Plan.bytes_of(sizes) if self._kept(block, sizes) is None else 0)
-
-    def _kept(self, block: MetaBlock, sizes: Sizes) -> Plan | None:
-        plan = self._plans.get((id(block), sizes.precision))
-        return plan if plan is not None and plan.usable else None  # one made before a fork is not
-
-
-_CHANGED, _REMEDY = "reverse: the model was changed after freeze()", "call freeze() again, or unfreeze()"
-
-
-def _state(block: MetaBlock, weights: Weights) -> list[tuple[int, int] | None]:
-    """What tells most changes of a tensor: PyTorch's count of writes, and where it lies."""
-    return [None if t is None else (_version(t), t.data_ptr()) for t in (block.class_embed, *weights.tensors)]
+    def bytes_for(self, precision: str) -> int:
+        """Bytes of the plans made so far, and of those still to be made in this precision."""
+        code = PRECISIONS[precision]
+        if code not in self._bytes:
+            sizes = (Sizes.of(block, weights, precision) for block, weights, _ in self._found.values())
+            self._bytes[code] = sum(Plan.bytes_of(each) for each in sizes)
+        others = (plan for (_, kind), plan in [*self._plans.items()] if kind != code and plan.usable)
+        return self._bytes[code] + sum(plan.bytes for plan in others)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+class _Seen:
+    """What tells that a block is no longer what it was: its modules, parameters and hooks are other objects, or a
+    parameter lies elsewhere or was written more often, as PyTorch counts (`TarFlow.freeze` says what it does not).
+
+    Flat lists, since looking is a part of every call.
+    """
+
+    def __init__(self, block: MetaBlock, number: int) -> None:
+        self._number = number
+        self._modules, self._parameters, self._hooks = [], [], []
+        for path, module in block.named_modules():
+            prefix, state = path and path + ".", module.__dict__
+            self._modules += [(module._modules, name, child, prefix + name) for name, child in module._modules.items()]
+            self._modules.append((state, "forward", None, prefix + "forward"))
+            self._hooks += [(state[name], path or "the block") for name in FORWARD_HOOKS]
+            self._hooks += [(getattr(nn.modules.module, "_global" + name), "every module") for name in FORWARD_HOOKS]
+            for name, parameter in module._parameters.items():
+                address = None if parameter is None else parameter.data_ptr()
+                version = None if parameter is None or parameter.is_inference() else parameter._version
+                self._parameters.append((module._parameters, name, parameter, address, version, prefix + name))
+
+    def change(self) -> str:
+        """What has changed; "" when nothing has."""
+        for there, name, expected, path in self._modules:
+            if there.get(name) is not expected:
+                return f"block {self._number}: {path} was replaced"
+        for there, name, expected, address, version, path in self._parameters:
+            if there.get(name) is not expected:
+                return f"block {self._number}: {path} was replaced"
+            if address is not None and expected.data_ptr() != address:
+                return f"block {self._number}: {path} was moved"
+            if version is not None and expected._version != version:
+                return f"block {self._number}: {path} was written"
+        for hooks, path in self._hooks:
+            if hooks:
+                return f"block {self._number}: {path} has hooks"
+        return ""
