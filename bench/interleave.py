@@ -14,17 +14,27 @@ def timed(run: Callable[[], object]) -> float:
 
 
 class Interleaved:
-    """Rounds of several variants in turn, starting from another one each round so that none has a fixed neighbour."""
+    """Rounds of several variants in turn, starting from another one each round so that none has a fixed neighbour.
 
-    def __init__(self, variants: dict[str, Callable[[], object]]) -> None:
-        self.variants = variants
+    twice: every variant runs twice in a round. The first run, in `cold`, finds the caches as another variant left them;
+    the second, which counts, as a loop of calls would.
+    """
+
+    def __init__(self, variants: dict[str, Callable[[], object]], twice: bool = False) -> None:
+        self.variants, self.twice = variants, twice
         self.seconds: dict[str, list[float]] = {name: [] for name in variants}
+        self.cold: dict[str, list[float]] = {name: [] for name in variants}
         self.round = 0
+
+    def warm_up(self, name: str) -> None:
+        if self.twice:
+            self.cold[name].append(timed(self.variants[name]))
 
     def run_round(self, without: str | None = None) -> None:
         names = [name for name in self.variants if name != without]
         start = self.round % max(len(names), 1)
         for name in names[start:] + names[:start]:
+            self.warm_up(name)
             self.seconds[name].append(timed(self.variants[name]))
         self.round += 1
 
@@ -36,6 +46,7 @@ class Interleaved:
         cuts = statistics.quantiles(values, n=5, method="inclusive")
         return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "rounds": len(values)}
 
-    def ratio(self, name: str, baseline: str) -> float:
+    def ratio(self, name: str, baseline: str, cold: bool = False) -> float:
         """Median over rounds of baseline / name, each ratio from one round: slow seconds hit both."""
-        return statistics.median(b / n for b, n in zip(self.seconds[baseline], self.seconds[name], strict=True))
+        seconds = self.cold if cold else self.seconds
+        return statistics.median(b / n for b, n in zip(seconds[baseline], seconds[name], strict=True))
