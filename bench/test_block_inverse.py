@@ -90,7 +90,8 @@ def test_block_inverse(case, full, table, benchmark):
         errors[variant] = truth.check(precision_of(variant), images, model.patchify)
 
     measured, one_round = Interleaved(variants, twice=once["reference"] < SHORT), sum(once.values())
-    rounds = 1 if one_round > 150 else 2 if one_round > 75 else max(3, min(20, int((40 if full else 16) / one_round)))
+    fewest = 10 if measured.twice else 1 if one_round > 150 else 2 if one_round > 75 else 3
+    rounds = max(fewest, min(20, int((40 if full else 16) / one_round)))
     threads, reads = torch.get_num_threads(), []
     streams = {variant: weights_in_memory(workload, precision_of(variant)) > CACHE for variant in variants}
 
