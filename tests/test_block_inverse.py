@@ -17,6 +17,7 @@ from torch import nn
 
 from tarflow_fast import TarFlow, native
 from tarflow_fast.inverse import Guidance, InverseCall, invert_block
+from tarflow_fast.inverse.classes import class_rows, class_table
 from tarflow_fast.inverse.eligibility import inspect, why_not
 from tarflow_fast.inverse.engine import Engine
 from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
@@ -254,6 +255,18 @@ def test_a_window_may_be_run_again_with_other_values():
     run_pass(plan, space, tokens[:, :8] * torch.nan, 0)
     run_pass(plan, space, tokens[:, :8], 0)
     assert same_bits(run_pass(plan, space, tokens[:, 8:], 8), right[:, 8:])
+
+
+def test_class_rows_are_the_embeddings_or_their_mean():
+    block = random_flow(num_classes=3).blocks[0]
+    table, y = class_table(block), torch.tensor([2, -1, 0, -7])
+    conditional, mean = block.class_embedding(y)[:, 0].detach(), block.class_embedding(None).detach()
+    assert same_bits(class_rows(table, y, 4, False), conditional)
+    assert same_bits(class_rows(table, None, 2, False), mean.expand(2, -1))
+    guided = class_rows(table, y, 4, True)
+    assert same_bits(guided[::2], conditional) and same_bits(guided[1::2], mean.expand(4, -1))
+    with pytest.raises(IndexError):  # a label past the classes is not "no label"
+        class_rows(table, torch.tensor([3]), 1, False)
 
 
 # ---- which engine runs ---------------------------------------------------------------------------------------------
