@@ -35,6 +35,5 @@ def class_rows(table: Tensor, y: Tensor | None, B: int, guided: bool) -> Tensor:
 
     (B, C), or guided (2B, C).
     """
-    mean = table[:1].expand(B, -1)
-    rows = mean if y is None else table[y.clamp(min=-1) + 1]
-    return (torch.stack([rows, mean], dim=1).flatten(0, 1) if guided else rows).contiguous()
+    rows = table[:1].expand(B, -1) if y is None else table[y.clamp(min=-1) + 1]
+    return (torch.stack([rows, table[:1].expand(B, -1)], dim=1).flatten(0, 1) if guided else rows).contiguous()

@@ -77,6 +77,8 @@ class Engine:
         self.clock: Tensor | None = None
         self._plan: Plan | None = None
         self._workspace: Workspace | None = None
+        self._prepared: tuple[object, ...] | None = None  # what group and workspace are for
+        self._group = 0  # rows of the batch inverted together
 
     @torch.no_grad()
     def invert(
@@ -104,13 +106,9 @@ class Engine:
             got = f"{tuple(clock.shape)} of {clock.dtype}"
             raise ValueError(f"block_inverse: clock must be {(threads, len(PARTS))} of torch.float64, got {got}")
         sizes, share = Sizes.of(block, weights, self.precision), 2 if guidance.active else 1
-        group = self._group(sizes, B, share)
+        if self._prepared != (sizes.key(), B, share, threads):  # else it is as for the block before
+            self._prepare(sizes, B, share, threads)
         self._take_plan(block, sizes, weights)
-        space = self._workspace
-        fits = space is not None and space.sizes.key() == sizes.key() and space.rows >= group * share
-        if not fits or space.threads < threads:
-            self._workspace = None
-            self._workspace = Workspace.of(sizes, group * share, 1, threads)
 
         z32 = z.detach().to(torch.float32).contiguous()
         x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64, device="cpu")
@@ -121,7 +119,7 @@ class Engine:
         plain = {"dtype": torch.float32, "device": "cpu"}
         scale = torch.tensor([1.0, 1.0 / guidance.attn_temp], **plain).repeat(B) if tempered else None
         strength = torch.full((B,), float(guidance.weight), **plain) if guidance.active else None
-        groups = -(-B // group)
+        groups = -(-B // self._group)
         for number in range(groups):
             begin, end = B * number // groups, B * (number + 1) // groups
             parts = [(z32, 1), (x, 1), (log_det, 1), (classes, share), (scale, share), (strength, 1)]
@@ -153,7 +151,7 @@ class Engine:
     def close(self) -> None:
         """Puts the memory aside for a later engine; without it the memory goes back with the object."""
         things = self._plan if self._frozen is None else None, self._workspace
-        self._plan = self._workspace = None
+        self._plan = self._workspace = self._prepared = None
         for thing in things:
             if thing is not None:
                 thing.put_aside()
@@ -168,7 +166,17 @@ class Engine:
             self._plan = Plan.of(sizes)
         self._plan.pack(weights)
 
-    def _group(self, sizes: Sizes, B: int, share: int) -> int:
+    def _prepare(self, sizes: Sizes, B: int, share: int, threads: int) -> None:
+        """Chooses the group and makes `_workspace` fit it."""
+        self._prepared = None  # should this raise
+        group, space = self._rows_together(sizes, B, share), self._workspace
+        fits = space is not None and space.sizes.key() == sizes.key() and space.rows >= group * share
+        if not fits or space.threads < threads:
+            self._workspace = None
+            self._workspace = Workspace.of(sizes, group * share, 1, threads)
+        self._group, self._prepared = group, (sizes.key(), B, share, threads)
+
+    def _rows_together(self, sizes: Sizes, B: int, share: int) -> int:
         """How many rows of the batch to invert together."""
         plan_bytes, group = Plan.bytes_of(sizes), B
         one = Workspace.bytes_of(sizes, share)
