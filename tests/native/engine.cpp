@@ -1,0 +1,131 @@
+// The engine without Python, for the sanitizers: packs, inverts and runs passes of two small blocks in every precision,
+// split and number of threads, in one call and stage by stage, and holds the bits to those of one thread.
+//
+// Arguments: instruction sets to run; those the machine lacks are left out. Exit status: 0 when all is well.
+#include <stdio.h>
+#include <string.h>
+
+#include <vector>
+
+#include "../../csrc/tarflow.h"
+
+#define CHECK(condition)                                   \
+    do {                                                   \
+        if (!(condition)) {                                \
+            printf("line %d: %s\n", __LINE__, #condition); \
+            return 1;                                      \
+        }                                                  \
+    } while (0)
+
+namespace {
+
+uint32_t state = 1;
+
+std::vector<float> draw(int64_t n, float scale) {
+    std::vector<float> values(n);
+    for (float& value : values) {
+        state = state * 1664525u + 1013904223u;
+        value = scale * float(int32_t(state)) / 2147483648.0f;
+    }
+    return values;
+}
+
+std::vector<std::vector<float>> draw_weights(const tf_block& s) {
+    const int64_t C = s.channels, D = s.token_size, F = s.hidden, out = s.scale ? 2 * D : D;
+    std::vector<std::vector<float>> tensors;
+    const auto add = [&](int64_t n, float scale) { tensors.push_back(draw(n, scale)); };
+    add(C * D, 0.5f), add(C, 0.1f), add(s.tokens * C, 0.1f), add(out * C, 0.05f), add(out, 0.05f);
+    for (int64_t l = 0; l < s.layers; ++l) {
+        add(C, 1.0f), add(C, 0.1f), add(3 * C * C, 0.1f), add(3 * C, 0.1f), add(C * C, 0.1f), add(C, 0.1f);
+        add(C, 1.0f), add(C, 0.1f), add(F * C, 0.1f), add(F, 0.1f), add(C * F, 0.05f), add(C, 0.1f);
+    }
+    return tensors;
+}
+
+struct Case {
+    tf_block block;
+    int64_t batch;
+    bool guided;
+    int split;
+    std::vector<float> z, classes, scale, strength;
+    int64_t rows() const { return batch * (guided ? 2 : 1); }
+};
+
+// x and log_det of the inverse, then a and b of a pass over windows of up to three tokens of x.
+int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::vector<double>& result) {
+    const tf_block& s = c.block;
+    const int64_t B = c.batch, T = s.tokens, D = s.token_size, R = c.rows(), out = s.scale ? 2 * D : D, window = 3;
+    tf_workspace* space;
+    CHECK(tf_workspace_create(&s, R, window, threads, &space) == TF_OK);
+    std::vector<float> x(B * T * D);
+    std::vector<double> log_det(B), clock(threads * TF_PARTS);
+    tf_inversion in = {
+        c.z.data(), x.data(), log_det.data(), c.classes.data(), c.scale.data(), nullptr, clock.data(), B, 1, 1,
+        1,          1,        c.split};
+    if (c.guided) in.guidance = c.strength.data();
+    const int64_t stages = (T - 1) * (s.layers + 2);
+    for (int64_t stage = 0; stage < stages;) CHECK(tf_invert(plan, space, &in, &stage, seconds, threads) == TF_OK);
+    result.assign(log_det.begin(), log_det.end());
+    result.insert(result.end(), x.begin(), x.end());
+    for (int64_t position = 0; position < T; position += window) {
+        const int64_t W = T - position < window ? T - position : window;
+        std::vector<float> tokens, ab(R * W * out);
+        for (int64_t b = 0; b < B; ++b) {
+            const float* from = x.data() + (b * T + position) * D;
+            tokens.insert(tokens.end(), from, from + W * D);
+        }
+        const tf_pass_arguments pass = {
+            tokens.data(), c.classes.data(), c.scale.data(), ab.data(), R, W, position, c.guided, 1, c.split};
+        CHECK(tf_pass(plan, space, &pass, threads) == TF_OK);
+        result.insert(result.end(), ab.begin(), ab.end());
+    }
+    tf_workspace_destroy(space);
+    return 0;
+}
+
+int check(const Case& c, const std::vector<const void*>& weights) {
+    std::vector<double> right, result;
+    for (int threads : {1, 2, 5}) {
+        tf_plan* plan;
+        int64_t bad = -1;
+        CHECK(tf_plan_create(&c.block, &plan) == TF_OK);
+        CHECK(tf_plan_pack(plan, weights.data(), TF_F32, threads, &bad) == TF_OK);
+        for (double seconds : {1e9, 0.0}) {  // 0: one stage a call, or as few as the engine takes
+            if (run(c, plan, threads, seconds, result)) return 1;
+            if (right.empty()) right = result;
+            CHECK(right.size() == result.size());
+            CHECK(memcmp(right.data(), result.data(), right.size() * sizeof(double)) == 0);
+        }
+        tf_plan_destroy(plan);
+    }
+    return 0;
+}
+
+}  // namespace
+
+int main(int count, char** isas) {
+    int cases = 0;
+    for (int k = 1; k < count; ++k) {
+        const int status = tf_select_isa(isas[k]);
+        if (status == TF_ISA_UNSUPPORTED) continue;
+        CHECK(status == TF_OK);
+        for (int precision = 0; precision < 3; ++precision)
+            for (tf_block block : {tf_block{5, 5, 128, 2, 64, 512, 1, 0}, tf_block{4, 3, 96, 1, 32, 100, 0, 0}}) {
+                block.precision = precision;
+                const auto tensors = draw_weights(block);
+                std::vector<const void*> weights;
+                for (const auto& tensor : tensors) weights.push_back(tensor.data());
+                for (int64_t batch : {1, 2, 9})
+                    for (bool guided : {false, true})
+                        for (int split : {TF_SPLIT_AUTO, TF_SPLIT_COLUMNS, TF_SPLIT_ROWS}) {
+                            Case c = {block, batch, guided, split, {}, {}, {}, std::vector<float>(batch, 0.7f)};
+                            c.z = draw(batch * block.tokens * block.token_size, 1.0f);
+                            c.classes = draw(c.rows() * block.channels, 0.3f), c.scale = draw(c.rows(), 1.0f);
+                            if (check(c, weights)) return 1;
+                            ++cases;
+                        }
+            }
+    }
+    printf("%d cases\n", cases);
+    return 0;
+}

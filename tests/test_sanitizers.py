@@ -1,0 +1,95 @@
+"""The engine under the compiler's sanitizers, by a program without Python (tests/native): no thread reads what another
+may be writing, no access outside its memory, no undefined behaviour, no leak."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tarflow_fast import native
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "tests/native"
+COMPILER = shutil.which("g++")
+FLAGS = "-std=c++17 -O1 -g -fopenmp -ffp-contract=off -fno-exceptions -fno-rtti".split()
+THREADS, MEMORY = ["-fsanitize=thread"], ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+CASES = 108  # of tests/native/engine.cpp, each instruction set
+
+
+def run(command, **variables):
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+
+
+def links(folder, sanitizer):
+    (folder / "empty.cpp").write_text("int main() {}\n")
+    built = run([COMPILER, *sanitizer, str(folder / "empty.cpp"), "-o", str(folder / "empty")])
+    return built.returncode == 0 and run([str(folder / "empty")]).returncode == 0
+
+
+def compile_program(folder, sanitizer, isas, csrc=ROOT / "csrc"):
+    """The engine's sources, once for each of {instruction set: flags}, and tests/native/engine.cpp over them."""
+    common = csrc / "cpu/dispatch.cpp"
+    units = [(common, [f"-DTF_HAVE_{isa}" for isa in isas]), (HERE / "engine.cpp", [])]
+    link = ["-fopenmp"]
+    if sanitizer == THREADS:
+        units.append((HERE / "gomp.cpp", []))
+        link = []  # not the system's
+    for source in sorted(csrc.glob("cpu/**/*.cpp")):
+        if source != common:
+            units += [(source, [*flags, f"-DTF_ISA={isa}"]) for isa, flags in isas.items()]
+
+    def compile_one(number):
+        source, flags = units[number]
+        command = [COMPILER, *FLAGS, *sanitizer, *flags, "-c", str(source), "-o", str(folder / f"{number}.o")]
+        done = run(command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return command[-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, range(len(units))))
+    done = run([COMPILER, *sanitizer, *objects, "-o", str(folder / "engine"), *link])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return str(folder / "engine")
+
+
+@pytest.fixture
+def build(tmp_path):
+    if COMPILER is None:
+        pytest.skip("no g++")
+
+    def build(sanitizer, isas, csrc=ROOT / "csrc"):
+        if not links(tmp_path, sanitizer):
+            pytest.skip(f"programs built with {sanitizer[0]} do not run here")
+        return compile_program(tmp_path, sanitizer, isas, csrc)
+
+    return build
+
+
+def test_threads_do_not_race(build):
+    done = run([build(THREADS, {"baseline": []}), "baseline"])
+    assert (done.returncode, done.stdout) == (0, f"{CASES} cases\n"), done.stdout + done.stderr[-5000:]
+
+
+@pytest.mark.parametrize("file", ["layer.h", "invert.cpp"])
+def test_one_meeting_less_is_a_race(build, tmp_path, file):
+    """That the test before this one would see it."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    source = tmp_path / "csrc/cpu/engine" / file
+    head, meeting, tail = source.read_text().rpartition("p.meet();")
+    assert meeting
+    source.write_text(head + ";" + tail)
+    program = build(THREADS, {"baseline": []}, tmp_path / "csrc")
+    done = run([program, "baseline"], TSAN_OPTIONS="halt_on_error=1")
+    assert done.returncode and "WARNING: ThreadSanitizer: data race" in done.stderr
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
+def test_memory_is_used_as_it_should_be(build):
+    isas = native.build_report()["isas"]
+    done = run([build(MEMORY, isas), *isas])
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr[-5000:]
+    cases, _, unit = done.stdout.partition(" ")
+    assert unit == "cases\n" and int(cases) % CASES == 0 and int(cases) > 0
