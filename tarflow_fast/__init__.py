@@ -22,10 +22,19 @@ _HOMES = {
 }
 
 
+_MODULES = ("flows", "images", "info", "native", "reference", "verify")
+
+
 def __getattr__(name: str) -> object:
     # Loaded when asked for: `tarflow-fast --help` should not wait for torch.
-    if name in _HOMES:
-        import importlib
+    import importlib
 
+    if name in _HOMES:
         return getattr(importlib.import_module(f"tarflow_fast.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"tarflow_fast.{name}")
     raise AttributeError(f"module 'tarflow_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

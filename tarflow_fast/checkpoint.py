@@ -17,10 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tarflow_fast.validate import check_positive_int
+
 if TYPE_CHECKING:
     from tarflow_fast.model import TarFlow
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+RUN = "model"  # the flow in the folder of a training run
 _CONFIG_KEYS = (
     "in_channels",
     "img_size",
@@ -67,20 +70,23 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
     write_atomic(path, lambda temporary: save_file(copies, temporary, metadata={"format": "pt", **(metadata or {})}))
 
 
-def load_tensors(path: str | Path) -> dict[str, Tensor]:
+def load_tensors(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a .pth / .pt / .bin file read with `weights_only=True`.
+
+    key: of the file's entries, the one that holds the state_dict; None: the file is one, or has one for an entry.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds anything but tensors. There is no fallback to unpickling.
+        ValueError: the file is damaged, or holds anything but tensors (there is no fallback to unpickling); it has no
+            entry `key`, or none was given and several are state_dicts.
         RuntimeError: a .pth under torch < 2.10, whose weights-only reader can be exploited (CVE-2026-24747).
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"load_tensors: path must be a file, got {path}")
     if path.suffix == ".safetensors":
         try:
-            return {_WRAPPER_PREFIXES.sub("", key): value for key, value in load_file(path).items()}
+            return _strip(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"load_tensors: {path} is not a whole safetensors file: {error}") from error
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
@@ -91,17 +97,43 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"load_tensors: {path} holds objects other than tensors and was not unpickled") from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"load_tensors: {path} is not a whole torch checkpoint: {error}") from error
-    return _find_tensors(path, content)
+    return _find_tensors(path, content, key)
 
 
-def _find_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """The dict of name -> tensor in a checkpoint: the whole of it, or one of its values."""
-    if isinstance(content, dict):
-        candidates = [content, *(value for value in content.values() if isinstance(value, dict))]
-        for candidate in candidates:
-            if candidate and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in candidate.items()):
-                return {_WRAPPER_PREFIXES.sub("", key): value for key, value in candidate.items()}
-    raise ValueError(f"load_tensors: {path} must hold a dict of tensors (a state_dict), got {type(content).__name__}")
+def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {_WRAPPER_PREFIXES.sub("", key): value for key, value in tensors.items()}
+
+
+def _find_tensors(path: Path, content: Any, key: str | None) -> dict[str, Tensor]:
+    """The dict of name -> tensor in a checkpoint: the whole of it, or one of its entries."""
+    expected = f"load_tensors: {path} must hold a dict of tensors (a state_dict)"
+    if not isinstance(content, dict):
+        raise ValueError(f"{expected}, got {type(content).__name__}")
+    inside = {name: _strip(entry) for name, entry in content.items() if _is_state_dict(entry)}
+    if key is not None:
+        if key not in inside:
+            raise ValueError(f"load_tensors: key must name a state_dict in {path}, one of {[*inside]}, got {key!r}")
+        return inside[key]
+    if _is_state_dict(content):
+        return _strip(content)
+    flows = {name: tensors for name, tensors in inside.items() if "var" in tensors} or inside
+    if len(flows) > 1:
+        raise ValueError(f"load_tensors: {path} holds several state_dicts, choose one with key=: {[*flows]}")
+    if flows:
+        return next(iter(flows.values()))
+    other = next(
+        (f"{name!r} is of type {type(entry).__name__}" for name, entry in content.items() if not _named(name, entry)),
+        "",
+    )
+    raise ValueError(f"{expected}, got {f'one where {other}' if other else 'an empty one'}")
+
+
+def _named(name: object, entry: object) -> bool:
+    return isinstance(name, str) and isinstance(entry, Tensor)
+
+
+def _is_state_dict(entry: object) -> bool:
+    return isinstance(entry, dict) and bool(entry) and all(_named(*item) for item in entry.items())
 
 
 def infer_config(
@@ -121,15 +153,21 @@ def infer_config(
     missing = [key for key in needed if key not in tensors]
     if missing or not layers:
         raise ValueError(f"from_checkpoint: not a TarFlow state_dict, missing {missing or ['blocks.0.attn_blocks.0']}")
+    if tensors["var"].ndim != 2:
+        raise ValueError(f"from_checkpoint: var must have shape (T, D), got {tuple(tensors['var'].shape)}")
     T, D = tensors["var"].shape
-    patch_size = math.isqrt(D // in_channels) if in_channels > 0 else 0
+    in_channels = check_positive_int("from_checkpoint", "in_channels", in_channels)
+    patch_size = math.isqrt(D // in_channels)
     if in_channels * patch_size**2 != D or patch_size == 0:
         raise ValueError(
             f"from_checkpoint: in_channels * p**2 must make token size {D}, got in_channels = {in_channels}"
         )
     if img_size is None:
         img_size = math.isqrt(T) * patch_size
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    pair = isinstance(img_size, (tuple, list)) and len(img_size) == 2
+    height, width = (
+        check_positive_int("from_checkpoint", "img_size", side) for side in (img_size if pair else (img_size, img_size))
+    )
     if (height // patch_size) * (width // patch_size) != T:
         raise ValueError(
             f"from_checkpoint: img_size must give {T} patches of {patch_size} x {patch_size} pixels "
@@ -185,7 +223,8 @@ class CheckpointMixin:
         """A model from a folder written by `save_pretrained`, strict, in eval mode.
 
         Args:
-            folder: a local folder; any other name is taken for a Hugging Face Hub id (needs the `hub` extra).
+            folder: a local folder, or that of a training run, with model/ in it; any other name is taken for a Hugging
+                Face Hub id (needs the `hub` extra).
             dtype: of the parameters; None keeps the file's.
             device: where to put them; None for the CPU.
 
@@ -193,9 +232,11 @@ class CheckpointMixin:
             FileNotFoundError: config.json or model.safetensors is missing.
             ValueError: a damaged file, unknown or missing configuration keys, weights that do not fit.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not folder.exists():
             folder = _download(str(folder))
+        if not (folder / CONFIG).exists() and (folder / RUN / CONFIG).is_file():
+            folder = folder / RUN
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"from_pretrained: folder must hold {CONFIG} and {WEIGHTS}, got {folder}")
         try:
@@ -216,6 +257,7 @@ class CheckpointMixin:
         img_size: int | tuple[int, int] | None = None,
         dtype: torch.dtype | None = None,
         device: Any = None,
+        key: str | None = None,
     ) -> TarFlow:
         """A model from a state_dict file of the original (.pth) or of ours, its architecture read off the shapes.
 
@@ -224,11 +266,13 @@ class CheckpointMixin:
             in_channels: channels of the images, which the shapes do not tell.
             img_size: (height, width) where the images are not square.
             dtype, device: as in `from_pretrained`.
+            key: where the file holds more than a state_dict, the entry that is it ("model", "ema"); None: the only one.
 
         Raises:
+            TypeError: in_channels or img_size is no int.
             FileNotFoundError, ValueError, RuntimeError: see `load_tensors` and `infer_config`.
         """
-        tensors = load_tensors(path)
+        tensors = load_tensors(path, key)
         tensors = {key: value for key, value in tensors.items() if not key.endswith(".attn_mask")}
         config = infer_config(tensors, in_channels, img_size)
         return _fill(cls, "from_checkpoint", config, tensors, dtype, device)

@@ -79,10 +79,14 @@ class Sample:
     """Images in a row of the picture; left out: a row a class, or a square."""
     scale: int | None = None
     """Screen pixels a pixel; left out: at least 40 an image."""
+    precision: Literal["fp32", "bf16", "int8"] | None = None
+    """What the engine computes the samples in (int8: on CPUs); left out: that of dtype."""
+    nonfinite: Literal["warn", "raise", "ignore"] = "warn"
+    """What to do when an image overflows."""
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
     """Which kernels."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """Of the weights and the computation."""
     in_channels: Annotated[int | None, arg(aliases=["--channel_size"])] = None
@@ -97,13 +101,21 @@ class Sample:
 
         from tarflow_fast.flows import open_flow, training_noise
         from tarflow_fast.images import save_grid
+        from tarflow_fast.validate import check_positive_int, find_device
 
-        if self.n < 1:
-            raise ValueError(f"sample: n must be at least 1, got {self.n}")
+        for name in ("n", "nrow", "scale"):
+            if getattr(self, name) is not None:
+                check_positive_int("sample", name, getattr(self, name))
+        for path in (self.out, self.save):
+            if path is not None and path.is_dir():
+                raise ValueError(f"sample: {path} is a folder, name a file in it")
+        if self.out.suffix not in ("", ".png"):
+            raise ValueError(f"sample: out must end in .png, got {self.out}")
         if self.save is not None and self.save.suffix not in (".npy", ".safetensors"):
             raise ValueError(f"sample: save must end in .npy or .safetensors, got {self.save}")
+        device = find_device("sample", self.device)
         model, record = open_flow(
-            self.model, dtype=getattr(torch, self.dtype), device=self.device,
+            self.model, dtype=getattr(torch, self.dtype), device=device,
             in_channels=self.in_channels, img_size=self.img_size,
         )  # fmt: skip
         model.backend = self.backend
@@ -111,22 +123,23 @@ class Sample:
         y, rows = None, None
         if self.labels or model.num_classes:
             labels = torch.tensor(self.labels or range(model.num_classes))
-            y = labels[torch.arange(self.n) * len(labels) // self.n].to(self.device)
+            y = labels[torch.arange(self.n) * len(labels) // self.n].to(device)
             rows = self.n // len(labels) if self.n % len(labels) == 0 else None
         x = model.sample(
             self.n, y, guidance=self.guidance, guide_what=self.guide_what, attn_temp=self.attn_temp,
             annealed_guidance=self.annealed_guidance, seed=self.seed, batch_size=self.batch_size,
-            progress=sys.stderr.isatty(),
+            progress=sys.stderr.isatty(), nonfinite=self.nonfinite, precision=self.precision,
         )  # fmt: skip
         if noise_std and self.denoise:
-            x = model.denoise(x, y, noise_std=noise_std, batch_size=self.batch_size)
+            x = model.denoise(x, y, noise_std=noise_std, batch_size=self.batch_size, nonfinite=self.nonfinite)
         nrow = self.nrow or (rows if rows and rows <= 32 else math.ceil(math.sqrt(self.n)))
         scale = self.scale or max(1, math.ceil(40 / x.shape[-1]))
+        if self.save is not None:
+            _save_numbers(x, self.save)
         save_grid(x, self.out, nrow=nrow, scale=scale)
         done = f"denoised (sigma {noise_std:g})" if noise_std and self.denoise else "not denoised"
         print(f"{self.out}: {self.n} images {x.shape[-2]}x{x.shape[-1]}, {nrow} in a row, {done}")
         if self.save is not None:
-            _save_numbers(x, self.save)
             print(f"{self.save}: {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}")
         return 0
 
@@ -149,8 +162,8 @@ class Evaluate:
     """Images together."""
     seed: int = 0
     """Of the draws."""
-    device: str = "cpu"
-    """cpu, cuda, ..."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
     in_channels: Annotated[int | None, arg(aliases=["--channel_size"])] = None
     """Of a checkpoint file's images: 3, or this."""
     img_size: tuple[int, int] | None = None
@@ -160,14 +173,19 @@ class Evaluate:
         from tarflow_fast.data import ImageFiles, load_dataset
         from tarflow_fast.evaluate import evaluate, histogram_bits
         from tarflow_fast.flows import open_flow
+        from tarflow_fast.validate import find_device
 
-        model, _ = open_flow(self.model, device=self.device, in_channels=self.in_channels, img_size=self.img_size)
+        device = find_device("evaluate", self.device)
+        model, record = open_flow(self.model, device=device, in_channels=self.in_channels, img_size=self.img_size)
         whole = load_dataset(self.dataset, model.config["img_size"], model.config["in_channels"])
         known, part = whole.split(self.holdout) if self.holdout else (whole, whole)
         bits = evaluate(
             model, part, conditional=not self.unconditional, n_draws=self.n_draws, seed=self.seed,
             batch_size=self.batch_size, progress=sys.stderr.isatty(),
         )  # fmt: skip
+        trained = record.get("config", {})
+        if trained.get("dataset") == self.dataset and trained.get("holdout", 0.0) != self.holdout:
+            print(f"note: the flow was trained with --holdout {trained.get('holdout', 0.0):g} of these images")
         name = f"{self.dataset}, held out {self.holdout:g}" if self.holdout else f"{self.dataset}, all"
         print(f"{name}: {len(part)} images, {part.levels} levels")
         print(f"bits/dim {bits.mean:.4f} +- {bits.standard_error:.4f} (standard error over images)")
@@ -184,8 +202,8 @@ class Info:
     """Also lists the blocks of this flow: digits, a folder, or the original's checkpoint file."""
     json: bool = False
     """As JSON."""
-    device: str = "cpu"
-    """Where the flow would run: cpu, cuda, ..."""
+    device: str = "auto"
+    """Where the flow would run: auto, cpu, cuda, ..."""
     in_channels: Annotated[int | None, arg(aliases=["--channel_size"])] = None
     """Of a checkpoint file's images: 3, or this."""
     img_size: tuple[int, int] | None = None
@@ -194,10 +212,12 @@ class Info:
     def run(self) -> int:
         from tarflow_fast import info
         from tarflow_fast.flows import open_flow
+        from tarflow_fast.validate import find_device
 
         model = None
         if self.model is not None:
-            model, _ = open_flow(self.model, device=self.device, in_channels=self.in_channels, img_size=self.img_size)
+            device = find_device("info", self.device)
+            model, _ = open_flow(self.model, device=device, in_channels=self.in_channels, img_size=self.img_size)
         if self.json:
             print(json.dumps(info.info() | ({"blocks": info.blocks(model)} if model else {}), indent=2))
         else:
@@ -209,13 +229,14 @@ class Info:
 class Verify:
     """Runs every op and a small flow on this machine against the reference, and tells the worst errors."""
 
-    device: str = "cpu"
-    """cpu, cuda, ..."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
 
     def run(self) -> int:
         from tarflow_fast import verify
+        from tarflow_fast.validate import find_device
 
-        rows, ok = verify.run(self.device)
+        rows, ok = verify.run(str(find_device("verify", self.device)))
         print(_table(rows))
         print("all within their limits" if ok else "NOT all within their limits")
         return 0 if ok else 1
@@ -290,6 +311,11 @@ def main(args: list[str] | None = None) -> int:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     try:
+        if args == ["--version"]:
+            from tarflow_fast import __version__
+
+            print(f"tarflow_fast {__version__}")
+            return 0
         command = _parse(args)
         return _train(command) if isinstance(command, TrainConfig) else command.run()
     except KeyboardInterrupt:

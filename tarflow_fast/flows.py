@@ -30,12 +30,13 @@ def open_flow(
     """
     import torch
 
+    from tarflow_fast.checkpoint import CONFIG, RUN
     from tarflow_fast.model import TarFlow
 
     dtype = torch.float32 if dtype is None else dtype
-    path = Path(SHIPPED.get(str(name), name))
-    if path.is_dir() and (path / "model" / "config.json").is_file():
-        path = path / "model"
+    path = Path(SHIPPED.get(str(name), name)).expanduser()
+    if (path / RUN / CONFIG).is_file():
+        path = path / RUN
     if path.is_file():
         channels = 3 if in_channels is None else in_channels
         return TarFlow.from_checkpoint(path, channels, img_size, dtype=dtype, device=device), {}

@@ -90,7 +90,7 @@ def format_info() -> str:
     lines += ["", "Ops"]
     for row in facts["ops"]:
         lines += [
-            f"  {row['op']:<12} {row['backend']:<8} {'yes' if row['available'] else 'no: ' + _first(row['reason'])}"
+            f"  {row['op']:<14} {row['backend']:<8} {'yes' if row['available'] else 'no: ' + _first(row['reason'])}"
         ]
     return "\n".join(lines)
 

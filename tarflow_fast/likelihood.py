@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tarflow_fast.dtypes import wide_dtype
 from tarflow_fast.nonfinite import NonFinite, bad_rows
-from tarflow_fast.validate import check_positive_int
+from tarflow_fast.validate import check_number, check_positive_int, seeded
 
 # Values saved for backward, per token, layer and channel: two LayerNorm inputs and outputs (4), qkv (3), attention's
 # output twice (2), fc1's output before and after GELU (8), the residual sums (2).
@@ -25,12 +25,12 @@ Flow = TypeVar("Flow", bound=nn.Module)
 class LikelihoodMixin:
     """Methods of `TarFlow` built on `forward` alone."""
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | int | None = None) -> Tensor:
         """log p(x | y) = log N(z; 0, var) + log |det dz/dx|, in nats, summed over all dimensions.
 
         Args:
             x: (B, in_channels, height, width), the parameters' dtype.
-            y: (B,) integer labels, negative for none; or None.
+            y: (B,) integer labels, negative for none; an int for all images; or None.
 
         Returns:
             (B,), float32 (float64 for a float64 model); differentiable in x and the parameters.
@@ -48,7 +48,7 @@ class LikelihoodMixin:
     def bits_per_dim(
         self,
         x: Tensor,
-        y: Tensor | None = None,
+        y: Tensor | int | None = None,
         *,
         levels: int = 256,
         n_draws: int = 1,
@@ -61,7 +61,7 @@ class LikelihoodMixin:
 
         Args:
             x: (B, in_channels, height, width) integers in [0, levels), uint8 for 8-bit images.
-            y: (B,) labels or None.
+            y: (B,) labels, an int for all images, or None.
             levels: grey levels of the data (256 for 8-bit images).
             n_draws: dequantisation draws to average over.
             seed: of the draws, made on the CPU; None for the global generator.
@@ -82,7 +82,7 @@ class LikelihoodMixin:
         if x.numel() and (int(x.min()) < 0 or int(x.max()) >= levels):
             raise ValueError(f"bits_per_dim: x must be in [0, {levels}), got [{int(x.min())}, {int(x.max())}]")
         y = self._check_images("bits_per_dim", x.to(self.var), y)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else seeded("bits_per_dim", seed)
         dims = self.num_tokens * self.token_size
         total = torch.zeros(len(x), dtype=torch.float64)
         for _ in range(n_draws):
@@ -96,7 +96,7 @@ class LikelihoodMixin:
     def denoise(
         self,
         x: Tensor,
-        y: Tensor | None = None,
+        y: Tensor | int | None = None,
         noise_std: float = 0.05,
         *,
         batch_size: int | None = None,
@@ -107,7 +107,7 @@ class LikelihoodMixin:
 
         Args:
             x: (B, in_channels, height, width) noisy images, as `sample` draws them.
-            y: (B,) labels or None.
+            y: (B,) labels, an int for all images, or None.
             noise_std: standard deviation of the training noise (arXiv 2412.06329, section 2.4), in units of x; > 0.
             batch_size: images differentiated together; None: as many as fit memory_limit, at least one.
             memory_limit: bytes of saved activations to stay within.
@@ -121,8 +121,7 @@ class LikelihoodMixin:
             TypeError, ValueError: as `forward`; noise_std, batch_size or memory_limit not positive.
             NonFiniteError: see `nonfinite`.
         """
-        if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
-            raise TypeError(f"denoise: noise_std must be a number, got {type(noise_std).__name__}")
+        noise_std = check_number("denoise", "noise_std", noise_std)
         if not (math.isfinite(noise_std) and noise_std > 0):
             raise ValueError(f"denoise: noise_std must be finite and > 0, got {noise_std}")
         check_positive_int("denoise", "memory_limit", memory_limit)

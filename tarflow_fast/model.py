@@ -13,8 +13,8 @@ from tarflow_fast.checkpoint import CheckpointMixin
 from tarflow_fast.inverse import FrozenBlocks, Guidance, InverseCall, invert_block
 from tarflow_fast.likelihood import LikelihoodMixin
 from tarflow_fast.nonfinite import NonFinite, first_overflow
-from tarflow_fast.ops.registry import BACKENDS
-from tarflow_fast.validate import check_labels, check_positive_int, check_tensor
+from tarflow_fast.ops.registry import BACKENDS, warn_once
+from tarflow_fast.validate import check_labels, check_positive_int, check_tensor, seeded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,17 +60,19 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         super().__init__()
         pair = isinstance(img_size, (tuple, list)) and len(img_size) == 2
         height, width = img_size if pair else (img_size, img_size)
-        for name, value, minimum in (
-            ("in_channels", in_channels, 1),
-            ("img_size", height, 1),
-            ("img_size", width, 1),
-            ("patch_size", patch_size, 1),
-            ("channels", channels, 1),
-            ("num_blocks", num_blocks, 1),
-            ("layers_per_block", layers_per_block, 1),
-            ("num_classes", num_classes, 0),
-        ):
-            check_positive_int("TarFlow", name, value, minimum)
+        in_channels, height, width, patch_size, channels, num_blocks, layers_per_block, num_classes = (
+            check_positive_int("TarFlow", name, value, 0 if name == "num_classes" else 1)
+            for name, value in (
+                ("in_channels", in_channels),
+                ("img_size", height),
+                ("img_size", width),
+                ("patch_size", patch_size),
+                ("channels", channels),
+                ("num_blocks", num_blocks),
+                ("layers_per_block", layers_per_block),
+                ("num_classes", num_classes),
+            )
+        )
         if height % patch_size or width % patch_size:
             raise ValueError(f"TarFlow: img_size must be a multiple of patch_size = {patch_size}, got {img_size}")
         if channels % HEAD_SIZE:
@@ -171,14 +173,14 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         patches = z.reshape(B, rows, columns, self.in_channels, p, p)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(B, self.in_channels, rows * p, columns * p)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+    def forward(self, x: Tensor, y: Tensor | int | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Images to noise: x -> z = f_K(... f_1(x)), with its log-determinant.
 
         Args:
             x: (B, in_channels, height, width) images, by custom in [-1, 1]; the parameters' dtype, under autocast any
                 of float32, bfloat16 and float16.
-            y: (B,) integer labels, negative for "no label" (the mean class embedding); None for no labels at all.
-                An unconditional flow takes no notice of them.
+            y: (B,) integer labels, negative for "no label" (the mean class embedding); an int for all images; None for
+                no labels at all. An unconditional flow takes no notice of them.
 
         Returns:
             z (B, T, D); outputs, the K tensors (B, T, D) after each block, z the last; and logdets (B,), float32
@@ -211,7 +213,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
     def reverse(
         self,
         x: Tensor,
-        y: Tensor | None = None,
+        y: Tensor | int | None = None,
         guidance: float = 0,
         guide_what: str = "ab",
         attn_temp: float = 1.0,
@@ -228,7 +230,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
 
         Args:
             x: (B, T, D) standard normal noise; it is scaled by sqrt(var) inside, and never written.
-            y: (B,) integer labels, negative for "no label"; None for the mean class embedding.
+            y: (B,) integer labels, negative for "no label"; an int for all rows; None for the mean class embedding.
             guidance: weight g >= 0 of a = a_c + g (a_c - a_u), b likewise; the unguided pass u sees no label.
             guide_what: 'a', 'b' or 'ab': what guidance acts on.
             attn_temp: temperature of the attention logits of the unguided pass, > 0; guides flows without labels.
@@ -255,6 +257,8 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var, scaled=True)
         y = check_labels("reverse", y, x.size(0), self.num_classes, self.var)
         guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        if idle := guide.why_idle(y is not None):
+            warn_once(f"reverse: {idle}")
         bad = NonFinite("reverse", nonfinite, x.size(0))
         T, K = self.num_tokens, len(self.blocks)
         with (
@@ -262,13 +266,13 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             _progress_bar(K * (T - 1)) if progress else nullcontext() as bar,
             InverseCall(self.backend, precision, differentiable, memory_limit, self.blocks, self._frozen) as call,
         ):
-            stages = [x]
+            stages = [x.clone() if return_sequence else x]
             tokens = x * self.var.sqrt()
             for block in reversed(self.blocks):
                 tokens, _ = invert_block(block, tokens, y, guide, call, bar.update if progress else None)
                 stages.append(tokens)
             if bad.in_part(tokens):
-                bad.at(first_overflow(stages, self.blocks))
+                bad.at(first_overflow(stages, self.blocks, guided=guide.active))
             bad.warn()
             return [self.unpatchify(s) for s in stages] if return_sequence else self.unpatchify(tokens)
 
@@ -309,13 +313,13 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         batch_size = max(n, 1) if batch_size is None else check_positive_int("sample", "batch_size", batch_size)
         if y is not None and not self.num_classes:
             raise ValueError("sample: y must be None for an unconditional flow (num_classes = 0), got labels")
-        if isinstance(y, int) and not isinstance(y, bool):
-            y = torch.full((n,), y, device=self.var.device)
         y = check_labels("sample", y, n, self.num_classes, self.var)
         if seed is not None:
             if generator is not None:
                 raise ValueError("sample: pass seed or generator, got both")
-            generator = torch.Generator().manual_seed(check_positive_int("sample", "seed", seed, 0))
+            generator = seeded("sample", seed)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"sample: generator must be a torch.Generator, got {type(generator).__name__}")
         noise = torch.randn(n, *self.var.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.var)
         parts, bad = [], NonFinite("sample", nonfinite, n)
         for start in range(0, max(n, 1), batch_size):
@@ -333,7 +337,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
                 memory_limit=memory_limit,
             )
             if bad.in_part(part[-1]):
-                bad.at(first_overflow([self.patchify(stage) for stage in part], self.blocks, start))
+                bad.at(first_overflow([self.patchify(stage) for stage in part], self.blocks, start, guidance > 0))
             parts.append(part)
         bad.warn()
         stages = [torch.cat(stage) for stage in zip(*parts, strict=True)]

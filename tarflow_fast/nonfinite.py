@@ -79,17 +79,17 @@ def bad_rows(part: Tensor) -> Tensor:
     return ~torch.isfinite(part).flatten(1).all(dim=1)
 
 
-def first_overflow(stages: Sequence[Tensor], blocks: Sequence[MetaBlock], begin: int = 0) -> str:
+def first_overflow(stages: Sequence[Tensor], blocks: Sequence[MetaBlock], begin: int = 0, guided: bool = False) -> str:
     """Where an inverse overflowed first.
 
     stages: the noise, then the tokens (B, T, D) after each of `blocks` was inverted, the last block first.
-    begin: the number of row 0 in the request.
+    begin: the number of row 0 in the request.  guided: whether the inverse was.
     """
     number, bad = next((k, b) for k, s in enumerate(stages) if (b := ~torch.isfinite(s).all(dim=2)).any())
     row = int(bad.any(dim=1).nonzero()[0])
     tokens = bad[row].nonzero()[:, 0].tolist()
     if number == 0:
-        place, token = "in the noise given", tokens[0]
-    else:  # the first in the order in which the block solved them
-        place, token = f"first in block {len(blocks) - number}", tokens[-1 if blocks[-number].flip else 0]
-    return f"{place}, row {begin + row}, token {token}; the flow overflows there, lower guidance helps"
+        return f"in the noise given, row {begin + row}, token {tokens[0]}"
+    token = tokens[-1 if blocks[-number].flip else 0]  # the first in the order in which the block solved them
+    place = f"first in block {len(blocks) - number}, row {begin + row}, token {token}; the flow overflows there"
+    return place + (", lower guidance helps" if guided else "")

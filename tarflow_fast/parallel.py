@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from tarflow_fast.validate import find_device
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -46,7 +48,7 @@ def workers(device: str = "auto") -> Iterator[Workers]:
     Raises ValueError for a device that is not there.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    chosen = find_device("train", device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
@@ -62,19 +64,3 @@ def workers(device: str = "auto") -> Iterator[Workers]:
         if world > 1:
             gc.collect()  # DDP is full of reference cycles, and its group must go before the interpreter does
             dist.destroy_process_group()
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"train: device must be auto, cpu, cuda or cuda:<number>, got {name!r}") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"train: device {name!r} was asked for, and torch {torch.__version__} sees no GPU")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"train: device {device} was asked for, and there are {torch.cuda.device_count()} GPUs")
-    return device

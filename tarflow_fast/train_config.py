@@ -7,7 +7,7 @@ import math
 import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
@@ -25,10 +25,6 @@ FOLDER: dict[str, Any] = dict(
 
 COUNTS = (
     "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "batch_size", "accumulate", "log_every",
-)  # fmt: skip
-NUMBERS = (
-    "noise_std", "drop_label", "holdout", "epochs", "lr", "lr_final", "warmup", "weight_decay", "clip", "ema", "seed",
-    "checkpoint_every", "sample_every", "sample_guidance",
 )  # fmt: skip
 
 # A run can only be continued with the same of these: they shape the tensors, or decide what a sample is.
@@ -139,12 +135,10 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"train: {name} must be {expected}, got {getattr(self, name)}")
 
-        for field in fields(self):  # a settings file may hold anything
-            if field.name in NUMBERS:
-                value = getattr(self, field.name)
-                need(field.name, isinstance(value, (int, float)) and not isinstance(value, bool), "a number")
+        for name, kind in get_type_hints(TrainConfig).items():  # a settings file may hold anything
+            need(name, _fits(getattr(self, name), kind), _words(kind))
         for name in COUNTS:
-            need(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an int of at least 1")
+            need(name, getattr(self, name) >= 1, "an int of at least 1")
         for name in ("checkpoint_every", "sample_every", "seed"):
             need(name, getattr(self, name) >= 0, "at least 0")
         for name in ("epochs", "lr"):
@@ -203,6 +197,31 @@ class TrainConfig:
         return [name for name in FIXED if ours[name] != other.get(name)]
 
 
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value is of this type, as the fields of TrainConfig are declared."""
+    inside = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in inside
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and len(value) == len(inside) and all(map(_fits, value, inside))
+    if inside:  # a union
+        return any(_fits(value, each) for each in inside)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _words(kind: Any) -> str:
+    inside = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(inside)
+    if get_origin(kind) is tuple:
+        return f"{len(inside)} values, each {_words(inside[0])}"
+    if inside:
+        return " or ".join(_words(each) for each in inside if each is not type(None))
+    return {bool: "true or false", int: "an int", float: "a number", str: "a text", Path: "a Path"}[kind]
+
+
 def from_file(path: str | Path) -> TrainConfig:
     """The settings in a .toml or .json file; a run's train.json is read by its "config" table.
 
@@ -219,7 +238,9 @@ def from_file(path: str | Path) -> TrainConfig:
             values = tomllib.loads(text)
         else:
             values = json.loads(text)
-            values = values.get("config", values)
+        values = values.get("config", values) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            raise ValueError("it holds no names and values")
     except ValueError as error:  # both parsers' errors are ValueErrors
         raise ValueError(f"train: cannot read the settings in {path}: {error}") from error
     known = {field.name for field in fields(TrainConfig)} - {"config"}
@@ -229,6 +250,6 @@ def from_file(path: str | Path) -> TrainConfig:
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
-    if "out" in values:
+    if isinstance(values.get("out"), str):
         values["out"] = Path(values["out"])
     return replace(TrainConfig(), **values)

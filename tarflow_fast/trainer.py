@@ -188,8 +188,10 @@ class Trainer:
             )
         load_state(tensors, path, self.model, self.ema, self.optimizer)
         self.steps_done = step
-        if self.me.main:
+        if self.me.main and step < self.total:
             log.info("continuing at step %d of %d from %s", step, self.total, path)
+        elif self.me.main:
+            log.info("nothing is left to train: %s has %d steps, this run %d", path, step, self.total)
 
     def save(self, result: dict[str, Any]) -> None:
         """Writes the checkpoint, then the averaged model with train.json beside it. Only the main process does."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -26,12 +28,46 @@ def _under_vmap(tensor: Tensor) -> bool:
 
 
 def check_positive_int(where: str, name: str, value: object, minimum: int = 1) -> int:
-    """An int (not bool) of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An int of Python's or NumPy's (not bool) of at least `minimum`, as an int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{where}: {name} must be >= {minimum}, got {value}")
-    return value
+    return int(value)
+
+
+def check_number(where: str, name: str, value: object) -> float:
+    """A real number of Python's or NumPy's (not bool), as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def seeded(where: str, seed: object) -> torch.Generator:
+    """A CPU generator of this seed, an int in [0, 2**63)."""
+    if check_positive_int(where, "seed", seed, 0) >= 2**63:
+        raise ValueError(f"{where}: seed must be below 2**63, got {seed}")
+    return torch.Generator().manual_seed(int(seed))
+
+
+def find_device(where: str, name: str, index: int = 0) -> torch.device:
+    """The device of this name; "auto" is GPU number `index`, or the CPU where there is none.
+
+    Raises ValueError for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: device must be auto, cpu, cuda or cuda:<number>, got {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"{where}: device {name!r} was asked for, and torch {torch.__version__} sees no GPU")
+        device = torch.device("cuda", index if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"{where}: device {device} was asked for, and there are {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def check_tensor(
@@ -68,13 +104,18 @@ def _autocast_casts(value: Tensor, like: Tensor, scaled: bool) -> bool:
 
 
 def check_labels(where: str, y: object, B: int, num_classes: int, like: Tensor) -> Tensor | None:
-    """Labels (B,) of any integer dtype on the model's device, below num_classes (negative: no label), as int64.
+    """Labels (B,) of any integer dtype on the model's device, below num_classes (negative: no label), as int64; or an
+    int, one label for all.
 
     None stays None, and an unconditional model (num_classes = 0) takes no notice of labels, as in the original.
-    Raises TypeError for what is no tensor, ValueError for labels of another dtype, length, device or range.
+    Raises TypeError for what is neither, ValueError for labels of another dtype, length, device or range.
     """
     if y is None or num_classes == 0:
         return None
+    if isinstance(y, numbers.Integral) and not isinstance(y, bool):
+        if y >= num_classes:
+            raise ValueError(f"{where}: y must be below num_classes = {num_classes} (negative: no label), got {y}")
+        return torch.full((B,), max(int(y), -1), dtype=torch.int64, device=like.device)
     if not isinstance(y, Tensor):
         raise TypeError(f"{where}: y must be an integer torch.Tensor of shape ({B},), got {type(y).__name__}")
     if y.dtype not in _INTEGERS:

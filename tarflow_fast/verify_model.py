@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tarflow_fast import native
 from tarflow_fast.model import TarFlow
 from tarflow_fast.reference import ReferenceTarFlow
 
@@ -23,9 +24,10 @@ _ROWS = 32  # enough that the largest error of plain PyTorch, which sets the bou
 
 
 def verify_model(device: str) -> list[dict]:
-    """One row a quantity: likelihood, gradients, plain and guided inverse, and the round trip.
+    """One row a quantity: likelihood, gradients, plain and guided inverse, the inverse in bf16, and the round trip.
 
-    Error against the float64 reference at most twice that of the reference in float32, plus 2 ulp of the largest value.
+    Error against the float64 reference at most twice that of the reference in the same precision (under autocast for
+    bf16), plus 2 ulp of the largest value.
     """
     ours, plain, exact = _flows(device)
     generator = torch.Generator().manual_seed(1)
@@ -33,7 +35,7 @@ def verify_model(device: str) -> list[dict]:
     noise = torch.randn(_ROWS, ours.num_tokens, ours.token_size, generator=generator).to(device)
     labels = torch.arange(_ROWS, device=device) % 5 - 1  # -1: no label
     guided = {"guidance": 1.5, "attn_temp": 0.8, "annealed_guidance": True}
-    rows = []
+    rows, x = [], {}
 
     def compare(name: str, got: Tensor, reference: Tensor, truth: Tensor) -> None:
         bound = 2 * _error(reference, truth) + 2 * torch.finfo(got.dtype).eps * truth.abs().max().item()
@@ -45,8 +47,12 @@ def verify_model(device: str) -> list[dict]:
     for number, name in enumerate(("forward z", "forward logdets", "gradient of the loss")):
         compare(name, *(output[number] for output in outputs))
     for name, arguments in (("reverse", {}), ("reverse, guided", guided)):
-        x = [m.reverse(noise.to(m.var.dtype), labels, **arguments) for m in (ours, plain, exact)]
-        compare(name, *x)
+        x[name] = [m.reverse(noise.to(m.var.dtype), labels, **arguments) for m in (ours, plain, exact)]
+        compare(name, *x[name])
+    if device == "cpu" and native.available():
+        with torch.autocast("cpu", torch.bfloat16):
+            half = plain.reverse(noise, labels)
+        compare("reverse, bf16", ours.reverse(noise, labels, precision="bf16"), half, x["reverse"][2])
     there = [m(m.reverse(noise.to(m.var.dtype), labels), labels)[0] for m in (ours, plain)]
     compare("forward(reverse(z)) = z", *(z.detach() for z in there), noise.double())
     return rows

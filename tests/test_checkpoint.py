@@ -10,7 +10,7 @@ from flows import random_flow, random_images
 from safetensors import safe_open
 
 from tarflow_fast import ReferenceTarFlow, TarFlow
-from tarflow_fast.checkpoint import infer_config, save_tensors, write_atomic
+from tarflow_fast.checkpoint import infer_config, load_tensors, save_tensors, write_atomic
 
 CONFIGS = [
     dict(in_channels=1, num_classes=3),
@@ -61,6 +61,48 @@ def test_checkpoint_of_the_original_loads_by_its_shapes(tmp_path, config, form):
     assert loaded.config == model.config
     x = random_images(model)
     assert torch.equal(loaded(x)[0], model(x)[0])
+
+
+def test_the_flow_is_found_among_other_entries(tmp_path):
+    model, other = random_flow(0, num_classes=3), random_flow(1, num_classes=3)
+    state, ema = model.state_dict(), {f"module.{key}": value for key, value in other.state_dict().items()}
+    moments = {"exp_avg": torch.zeros(3)}
+    path = tmp_path / "run.pth"
+
+    def load(content, **choice):
+        torch.save(content, path)
+        return TarFlow.from_checkpoint(path, in_channels=1, **choice).var.shape, load_tensors(path, **choice)
+
+    def same(tensors, expected):
+        return set(tensors) == set(expected) and all(torch.equal(tensors[k], expected[k]) for k in expected)
+
+    assert same(load({"moments": moments, "model": state})[1], state)
+    for content in ({"model": state, "ema": ema}, {"ema": ema, "model": state}):
+        with pytest.raises(
+            ValueError, match=r"run.pth holds several state_dicts, choose one with key=: \['\w+', '\w+'\]$"
+        ):
+            load(content)
+        assert same(load(content, key="model")[1], state)
+        assert same(load(content, key="ema")[1], other.state_dict())
+        with pytest.raises(ValueError, match=r"key must name a state_dict in .*, got 'best'$"):
+            load(content, key="best")
+    with pytest.raises(
+        ValueError, match=r"must hold a dict of tensors \(a state_dict\), got one where 'step' is of type int$"
+    ):
+        load({**state, "step": 3})
+    with pytest.raises(ValueError, match=r"\(a state_dict\), got an empty one$"):
+        load({})
+    torch.save(state, path)
+    with pytest.raises(TypeError, match=r"^from_checkpoint: in_channels must be an int, got str$"):
+        TarFlow.from_checkpoint(path, in_channels="1")
+    with pytest.raises(TypeError, match=r"^from_checkpoint: img_size must be an int, got tuple$"):
+        TarFlow.from_checkpoint(path, in_channels=1, img_size=(8,))
+
+
+def test_the_folder_of_a_run_will_do(tmp_path):
+    model = random_flow()
+    model.save_pretrained(tmp_path / "run" / "model")
+    assert TarFlow.from_pretrained(tmp_path / "run").config == model.config
 
 
 def test_infer_config_is_the_constructor():

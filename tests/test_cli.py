@@ -1,6 +1,7 @@
 """The command line: what is written, what is printed, exit codes, one clean line for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import command, metrics, tiny, tiny_flags, write_image
 
+import tarflow_fast
 from tarflow_fast import info, verify
 from tarflow_fast.cli import main
 from tarflow_fast.data import load_digits
@@ -112,6 +114,44 @@ def test_sample_from_a_checkpoint_of_the_original(tmp_path, capsys, flow):
     assert code == 0 and np.array_equal(np.load(tmp_path / "s.npy"), model.sample(4, -1, seed=0).numpy())
 
 
+def test_sample_in_a_precision(tmp_path, capsys, flow):
+    code, _, _ = run(
+        capsys, "sample", "--model", flow, "--n", 2, "--labels", 1, "--precision", "bf16", "--no_denoise", "--out",
+        tmp_path / "s.png", "--save", tmp_path / "s.npy",
+    )  # fmt: skip
+    expected = TarFlow.from_pretrained(flow).sample(2, 1, seed=0, precision="bf16")
+    assert code == 0 and np.array_equal(np.load(tmp_path / "s.npy"), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--device", "tpu9"), "sample: device must be auto, cpu, cuda or cuda:<number>, got 'tpu9'"),
+        (("--nrow", 0), "sample: nrow must be >= 1, got 0"),
+        (("--scale", 0), "sample: scale must be >= 1, got 0"),
+        (("--out", "."), "sample: . is a folder, name a file in it"),
+        (("--out", "x.jpg"), "sample: out must end in .png, got x.jpg"),
+    ],
+)
+def test_sample_refuses_before_it_works(tmp_path, capsys, monkeypatch, flow, flags, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "sample", "--model", flow, "--n", 2, *flags)
+    assert (code, out, err) == (2, "", f"error: {message}\n") and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("command", ["sample", "evaluate", "info digits", "verify"])
+def test_a_gpu_that_is_not_there(capsys, command):
+    code, _, err = run(capsys, *command.split(), "--device", "cuda")
+    assert code == 2 and re.fullmatch(
+        rf"error: {command.split()[0]}: device 'cuda' was asked for, and torch .* sees no GPU\n", err
+    )
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"tarflow_fast {tarflow_fast.__version__}\n", "")
+
+
 # ---------------------------------------------------------------- evaluate, info, verify
 
 
@@ -120,6 +160,7 @@ def test_evaluate_prints_the_models_bits(capsys, flow):
     known, part = load_digits().split(0.05)
     bits = evaluate(TarFlow.from_pretrained(flow), part, n_draws=2)
     assert code == 0 and out == (
+        "note: the flow was trained with --holdout 0 of these images\n"
         "digits, held out 0.05: 90 images, 17 levels\n"
         f"bits/dim {bits.mean:.4f} +- {bits.standard_error:.4f} (standard error over images)\n"
         f"a histogram a pixel: {histogram_bits(known, part):.4f}\n"
@@ -199,7 +240,7 @@ def test_verify_exits_with_what_it_found(capsys, monkeypatch, ok, code):
             "error: from_pretrained: folder must exist, got '{0}/nothing' "
             "(a Hub id needs: pip install 'tarflow-fast[hub]')\n",
         ),
-        (["sample", "--n", "0"], "error: sample: n must be at least 1, got 0\n"),
+        (["sample", "--n", "0"], "error: sample: n must be >= 1, got 0\n"),
         (["sample", "--save", "x.txt"], "error: sample: save must end in .npy or .safetensors, got x.txt\n"),
         (
             ["sample", "--model", "{flow}", "--labels", "3", "10"],

@@ -140,7 +140,7 @@ def test_the_model_takes_limit_and_precision():
         model.reverse(noise, y, memory_limit=1000)
     with pytest.raises(ValueError, match="precision must be None or one of fp32, bf16, int8, got 'fp8'"):
         model.reverse(noise, y, precision="fp8")
-    with pytest.raises(TypeError, match=r"memory_limit must be an int \(bytes\) or None, got str"):
+    with pytest.raises(TypeError, match=r"memory_limit must be an int, got str"):
         model.reverse(noise, y, memory_limit="1 GB")
 
 

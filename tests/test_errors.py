@@ -129,6 +129,20 @@ CALLS = [
     ),
     (lambda: MODEL.sample(-1), ValueError, "sample: n must be >= 0, got -1"),
     (lambda: MODEL.sample(2, batch_size=0), ValueError, "sample: batch_size must be >= 1, got 0"),
+    (
+        lambda: MODEL.sample(2, 10**30),
+        ValueError,
+        f"sample: y must be below num_classes = 3 (negative: no label), got {10**30}",
+    ),
+    (lambda: MODEL.sample(2, seed=2**63), ValueError, f"sample: seed must be below 2**63, got {2**63}"),
+    (lambda: MODEL.sample(2, generator=3), TypeError, "sample: generator must be a torch.Generator, got int"),
+    (
+        lambda: MODEL.reverse(Z, Y, annealed_guidance="no"),
+        TypeError,
+        "reverse: annealed_guidance must be a bool, got str",
+    ),
+    (lambda: MODEL.reverse(Z, memory_limit=0), ValueError, "reverse: memory_limit must be >= 1, got 0"),
+    (lambda: MODEL.reverse(Z, True), TypeError, "reverse: y must be an integer torch.Tensor of shape (2,), got bool"),
     (lambda: MODEL.sample(2, 3), ValueError, "sample: y must be below num_classes = 3 (negative: no label), got 3"),
     (
         lambda: MODEL.sample(2, seed=1, generator=torch.Generator()),
@@ -156,6 +170,9 @@ CALLS = [
         ValueError,
         "bits_per_dim: x must have shape (B, 1, 8, 8), got (2, 1, 7, 8)",
     ),
+    (lambda: MODEL.bits_per_dim(PIXELS, seed=1.5), TypeError, "bits_per_dim: seed must be an int, got float"),
+    (lambda: MODEL.log_prob(X, 3), ValueError, "forward: y must be below num_classes = 3 (negative: no label), got 3"),
+    (lambda: MODEL.denoise(X, Y, "a"), TypeError, "denoise: noise_std must be a number, got str"),
     (lambda: MODEL.denoise(X, Y, 0.0), ValueError, "denoise: noise_std must be finite and > 0, got 0.0"),
     (lambda: MODEL.denoise(X, Y, float("nan")), ValueError, "denoise: noise_std must be finite and > 0, got nan"),
     (

@@ -24,7 +24,7 @@ def test_info_tells_of_a_failed_build(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: native.NativeUnavailable(error))
     monkeypatch.setattr(native, "build_report", lambda: {"ok": False, "error": "no C++ compiler found"})
     text = info.format_info()
-    assert "NOT available: " + error in text and "affine       cpu      no: " + error in text
+    assert "NOT available: " + error in text and "affine         cpu      no: " + error in text
     assert info.info()["native"]["isas"] == []
 
 

@@ -80,6 +80,7 @@ def test_a_block_is_triangular(config, flipped):
         assert (own.diagonal() > 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:reverse. guidance changes nothing")
 @law
 @given(shapes, batches)
 def test_tarflow_is_the_reference(config, B):

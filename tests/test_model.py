@@ -1,13 +1,18 @@
 """The drop-in promises: keys both ways, dtypes, autocast, torch.compile, copies, samples from seeds."""
 
 import copy
+import json
 import pickle
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from flows import random_flow, random_images, random_noise, twin
 from torch.optim.swa_utils import AveragedModel
 
+import tarflow_fast
 from tarflow_fast import Model, ReferenceTarFlow, TarFlow
 
 CONFIG = dict(in_channels=1, img_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=2, num_classes=3)
@@ -234,6 +239,60 @@ def test_sample_from_a_seed():
     assert len(stages) == 3 and torch.equal(stages[-1], images)
     torch.testing.assert_close(stages[0], model.unpatchify(noise), rtol=0, atol=0)
     assert model.sample(0, seed=1).shape == (0, 1, 8, 8)
+
+
+def test_one_label_for_all_and_numbers_of_numpy():
+    model, three = random_flow(num_classes=3), torch.tensor([2, 2])
+    x, z, pixels = random_images(model), random_noise(model), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    calls = [
+        lambda y: model(x, y)[0],
+        lambda y: model.log_prob(x, y),
+        lambda y: model.denoise(x, y),
+        lambda y: model.bits_per_dim(pixels, y, seed=0),
+        lambda y: model.reverse(z, y, 0.5),
+        lambda y: model.sample(2, y, seed=0),
+    ]
+    for call in calls:
+        assert torch.equal(call(2), call(three)) and torch.equal(call(np.int64(2)), call(three))
+        assert torch.equal(call(-5), call(three - 3)) and not torch.equal(call(0), call(three))
+    again = TarFlow(*(np.int32(size) for size in (1, 8, 2, 64, 2, 1)), num_classes=np.uint8(3))
+    assert again.config == model.config and json.dumps(again.config)
+    assert torch.equal(
+        model.sample(np.int64(2), seed=np.int64(1), guidance=np.float32(0.5), y=1, batch_size=np.int16(1)),
+        model.sample(2, seed=1, guidance=0.5, y=1),
+    )
+
+
+def test_the_first_stage_is_not_the_noise_itself():
+    model = random_flow(patch_size=1, img_size=4)
+    noise = random_noise(model)
+    before = noise.clone()
+    stages = model.reverse(noise, return_sequence=True)
+    assert torch.equal(stages[0], model.unpatchify(before))
+    stages[0].zero_()
+    assert torch.equal(noise, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance": 2.0}, "guidance changes nothing without labels, unless attn_temp is other than 1"),
+        ({"attn_temp": 0.5}, "attn_temp changes nothing without guidance"),
+    ],
+)
+def test_what_changes_nothing_is_told(untold, arguments, message):
+    model = random_flow(num_classes=3)
+    noise = random_noise(model)
+    with pytest.warns(RuntimeWarning, match=f"^reverse: {message}$"):
+        images = model.reverse(noise, **arguments)
+    assert torch.equal(images, model.reverse(noise))
+    assert not torch.equal(model.reverse(noise, guidance=2.0, attn_temp=0.5), images)
+
+
+def test_modules_are_found_on_the_package():
+    code = "import tarflow_fast as t; print(t.info.info()['versions']['tarflow_fast'], 'TarFlow' in dir(t))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{tarflow_fast.__version__} True\n", done.stderr
 
 
 def test_nonsquare_config_round_trip(tmp_path):

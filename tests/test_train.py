@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
@@ -306,6 +307,14 @@ def test_dry_run_writes_nothing(tmp_path):
         (dict(drop_label=1.5), "train: drop_label must be between 0 and 1, got 1.5"),
         (dict(lr=math.nan), "train: lr must be positive and finite, got nan"),
         (dict(lr="fast"), "train: lr must be a number, got fast"),
+        (dict(noise_type="gauss"), "train: noise_type must be one of gaussian, uniform, got gauss"),
+        (dict(precision="int8"), "train: precision must be one of fp32, bf16, got int8"),
+        (dict(schedule="linear"), "train: schedule must be one of cosine, onecycle, got linear"),
+        (dict(flip="false"), "train: flip must be true or false, got false"),
+        (dict(betas=0.9), "train: betas must be 2 values, each a number, got 0.9"),
+        (dict(img_size=8.0), "train: img_size must be an int or 2 values, each an int, got 8.0"),
+        (dict(seed=True), "train: seed must be an int, got True"),
+        (dict(save_dtype="fp16"), "train: save_dtype must be one of float32, float16, bfloat16, got fp16"),
         (dict(ema=1.0), "train: ema must be in [0, 1), got 1.0"),
         (dict(batch_size=0), "train: batch_size must be an int of at least 1, got 0"),
         (
@@ -323,6 +332,23 @@ def test_bad_settings(tmp_path, changes, message):
         train(tiny(tmp_path / "run", **changes))
     assert str(raised.value) == message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_settings_file_that_is_no_table(tmp_path):
+    path = tmp_path / "settings.json"
+    for text in ("[1]", '{"config": 3}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"^train: cannot read the settings in .*: it holds no names and values$"):
+            from_file(path)
+
+
+def test_a_run_that_is_over_says_so(tmp_path, caplog):
+    settings = dict(epochs=0.5, out=tmp_path / "run")
+    train(tiny(**settings))
+    with caplog.at_level("INFO", "tarflow_fast"):
+        train(tiny(**settings))
+    assert re.search(r"nothing is left to train: .* has (\d+) steps, this run \1", caplog.text)
+    assert "continuing" not in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast.dtypes import wide_dtype
+from tarflow_fast.validate import check_number
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,27 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for name, value in (("guidance", self.weight), ("attn_temp", self.attn_temp)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"reverse: {name} must be a number, got {type(value).__name__}")
+            check_number("reverse", name, value)
+        if not isinstance(self.annealed, bool):
+            raise TypeError(f"reverse: annealed_guidance must be a bool, got {type(self.annealed).__name__}")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ValueError(f"reverse: guidance must be finite and >= 0, got {self.weight}")
         if not (math.isfinite(self.attn_temp) and self.attn_temp > 0):
             raise ValueError(f"reverse: attn_temp must be finite and > 0, got {self.attn_temp}")
         if self.what not in ("a", "b", "ab", "ba"):
             raise ValueError(f"reverse: guide_what must be 'a', 'b' or 'ab', got {self.what!r}")
+        for name in ("weight", "attn_temp"):  # NumPy's scalars would widen or narrow what they meet
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def active(self) -> bool:
         return self.weight > 0
+
+    def why_idle(self, labels: bool) -> str:
+        """Why it changes nothing although something was asked for, with labels or without; "" otherwise."""
+        if self.active and self.attn_temp == 1 and not labels:
+            return "guidance changes nothing without labels, unless attn_temp is other than 1"
+        return "attn_temp changes nothing without guidance" if self.attn_temp != 1 and not self.active else ""
 
     def batch_classes(self, conditional: Tensor | None, unguided: Tensor | None, B: int) -> Tensor | None:
         """Class embeddings of the rows of a pass: (B, 1, C) or (1, C), and with guidance (2B, 1, C)."""

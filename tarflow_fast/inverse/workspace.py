@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow_fast.inverse.plan import PRECISIONS
+from tarflow_fast.validate import check_positive_int
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
@@ -43,8 +44,8 @@ class InverseCall:
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"reverse: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int)):
-            raise TypeError(f"reverse: memory_limit must be an int (bytes) or None, got {type(memory_limit).__name__}")
+        if memory_limit is not None:
+            memory_limit = check_positive_int("reverse", "memory_limit", memory_limit)
         self.backend, self.precision, self.differentiable = backend, precision, differentiable
         self.memory_limit, self.blocks, self.frozen = memory_limit, blocks, frozen
         self.paths: dict[int, InversePath] | None = None  # of `blocks` still to come, by id; None: not looked at yet

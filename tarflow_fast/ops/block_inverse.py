@@ -85,7 +85,7 @@ def block_inverse(
             warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
         else:
             return _invert_triton(block, z, y, guidance, call, on_token)
-    _check_precision(block, z, call, path.reason or "none was chosen")
+    _check_precision(block, z, call, path.reason or _why_no_engine(z))
     if path.aside and not call.told:
         call.told = True  # one block is named; the others, for the same reason or another, are in `info.blocks`
         warn_once(
@@ -166,6 +166,12 @@ def _torch_precision(block: MetaBlock, z: Tensor) -> str:
     if torch.is_autocast_enabled(z.device.type):
         return "bf16" if torch.get_autocast_dtype(z.device.type) == torch.bfloat16 else "fp16"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(block.pos_embed.dtype, "fp32")
+
+
+def _why_no_engine(z: Tensor) -> str:
+    """Where 'auto' chose PyTorch at once."""
+    first = _OP.auto.get(z.device.type, ("torch",))[0]
+    return f"{z.device.type} tensors have none" if first == "torch" else _OP.why_not(first, z.device, z.dtype)
 
 
 def _check_precision(
