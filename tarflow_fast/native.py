@@ -23,7 +23,7 @@ LIBRARY = Path(__file__).parent / "_tarflow_cpu.so"
 REPORT = Path(__file__).parent / "build_report.json"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum tf_dtype
-BAD_DTYPE, NO_MEMORY, ISA_UNKNOWN, ISA_UNSUPPORTED = 1, 2, 3, 4  # enum tf_status
+NO_MEMORY, ISA_UNKNOWN, ISA_UNSUPPORTED = 2, 3, 4  # enum tf_status
 
 _void, _int, _long, _str = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
 _double = ctypes.c_double

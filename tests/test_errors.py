@@ -93,6 +93,7 @@ CALLS = [
         "reverse: x must have the model's dtype torch.float32, got torch.float64",
     ),
     (lambda: MODEL.reverse(Z, Y, float("nan")), ValueError, "reverse: guidance must be finite and >= 0, got nan"),
+    (lambda: MODEL.reverse(Z, Y, 1e39), ValueError, "reverse: guidance must be finite and >= 0, got 1e+39"),
     (lambda: MODEL.reverse(Z, Y, -1), ValueError, "reverse: guidance must be finite and >= 0, got -1"),
     (lambda: MODEL.reverse(Z, Y, "2"), TypeError, "reverse: guidance must be a number, got str"),
     (lambda: MODEL.reverse(Z, Y, 1, "abc"), ValueError, "reverse: guide_what must be 'a', 'b' or 'ab', got 'abc'"),

@@ -73,15 +73,20 @@ def test_threads_do_not_race(build):
     assert (done.returncode, done.stdout) == (0, f"{CASES} cases\n"), done.stdout + done.stderr[-5000:]
 
 
+def without(folder, file, text):
+    """A copy of the sources, less the last such text in a file of the engine."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    source = folder / "csrc/cpu/engine" / file
+    head, found, tail = source.read_text().rpartition(text)
+    assert found
+    source.write_text(head + tail)
+    return folder / "csrc"
+
+
 @pytest.mark.parametrize("file", ["layer.h", "invert.cpp"])
 def test_one_meeting_less_is_a_race(build, tmp_path, file):
     """That the test before this one would see it."""
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc/cpu/engine" / file
-    head, meeting, tail = source.read_text().rpartition("p.meet();")
-    assert meeting
-    source.write_text(head + ";" + tail)
-    program = build(THREADS, {"baseline": []}, tmp_path / "csrc")
+    program = build(THREADS, {"baseline": []}, without(tmp_path, file, "p.meet();"))
     done = run([program, "baseline"], TSAN_OPTIONS="halt_on_error=1")
     assert done.returncode and "WARNING: ThreadSanitizer: data race" in done.stderr
 
@@ -93,3 +98,10 @@ def test_memory_is_used_as_it_should_be(build):
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr[-5000:]
     cases, _, unit = done.stdout.partition(" ")
     assert unit == "cases\n" and int(cases) % CASES == 0 and int(cases) > 0
+
+
+def test_a_piece_of_memory_too_small_is_found(build, tmp_path):
+    """Of the engine's own memory, which is one allocation to the sanitizer but for the gaps between its pieces."""
+    program = build(MEMORY, {"baseline": []}, without(tmp_path, "attention.h", "+ Bytes{round_up(queries, 16), false}"))
+    done = run([program, "baseline"])
+    assert done.returncode and "AddressSanitizer: use-after-poison" in done.stderr

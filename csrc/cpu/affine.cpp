@@ -11,7 +11,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t ITEM_ELEMENTS = 4096;    // an item is worth a thread, and 3 kB of partial sums cover a million elements
+constexpr int64_t ITEM_ELEMENTS = 4096;  // an item is worth a thread, and 4 kB of partial sums cover a million elements
 constexpr int64_t SERIAL_ELEMENTS = 16384;  // below, waking other threads costs more than they save
 
 struct Problem {

@@ -74,7 +74,8 @@ Level machine_level() {
 #endif
 }
 
-// In a forked child the threads of the parent's OpenMP pool are gone, and waiting for them never ends: one thread then.
+// In a child forked after the library was loaded, the threads of the parent's OpenMP pool are gone, and waiting for them
+// never ends: one thread then. (A child that loads it itself, of a parent whose pool torch has used, waits as torch does.)
 const pid_t loaded_in = getpid();
 
 int usable(int threads) { return getpid() == loaded_in ? threads : 1; }
@@ -103,8 +104,10 @@ const char* tf_built_isas(void) {
 int tf_select_isa(const char* name) {
     const tf::Level level = tf::machine_level();
     if (name == nullptr) {
+        const tf::Table* best = nullptr;
         for (const tf::Entry& entry : tf::entries)
-            if (entry.level <= level) chosen = entry.table;
+            if (entry.level <= level) best = entry.table;
+        chosen = best;  // once: two threads may load the library at the same time
         return TF_OK;
     }
     for (const tf::Entry& entry : tf::entries) {
@@ -128,12 +131,13 @@ int tf_has_openmp(void) {
 
 int tf_affine_forward(const void* x, const void* ab, void* z, void* log_det, int64_t B, int64_t T, int64_t D, int scale,
                       int flip, int x_dtype, int ab_dtype, int threads) {
-    return chosen->affine_forward(x, ab, z, log_det, B, T, D, scale, flip, x_dtype, ab_dtype, threads);
+    return chosen->affine_forward(x, ab, z, log_det, B, T, D, scale, flip, x_dtype, ab_dtype, tf::usable(threads));
 }
 
 int tf_affine_backward(const void* dz, const void* dlog_det, const void* x, const void* ab, void* dx, void* dab,
                        int64_t B, int64_t T, int64_t D, int scale, int flip, int x_dtype, int ab_dtype, int threads) {
-    return chosen->affine_backward(dz, dlog_det, x, ab, dx, dab, B, T, D, scale, flip, x_dtype, ab_dtype, threads);
+    return chosen->affine_backward(dz, dlog_det, x, ab, dx, dab, B, T, D, scale, flip, x_dtype, ab_dtype,
+                                   tf::usable(threads));
 }
 
 int64_t tf_plan_bytes(const tf_block* block) { return chosen->plan_bytes(block); }

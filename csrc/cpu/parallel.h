@@ -7,7 +7,7 @@ namespace tf::TF_ISA {
 namespace {
 
 // f(item) for item in [0, items), on at most `threads` threads. Torch's own OpenMP pool does the work: torch is loaded
-// first and the two share one libgomp, so no second pool competes for the cores.
+// first and, built with GCC, the two share one libgomp, so no second pool competes for the cores.
 template <class F>
 inline void parallel_for(int threads, int64_t items, F f) {
 #ifdef _OPENMP

@@ -2,6 +2,9 @@
 // extension (+ - * / and comparisons work on vf and vi); below is only what that lacks. Everything has internal linkage:
 // a function shared between two instruction sets would be one weak symbol, and the linker might keep the AVX-512 copy.
 #pragma once
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "16-bit numbers are packed in pairs, first half low: little-endian machines only"
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

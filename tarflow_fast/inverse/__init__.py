@@ -32,4 +32,7 @@ def invert_block(
     """
     from tarflow_fast.ops.block_inverse import block_inverse  # that module imports this package
 
-    return block_inverse(block, z, y, guidance, InverseCall() if call is None else call, on_token)
+    if call is not None:
+        return block_inverse(block, z, y, guidance, call, on_token)
+    with InverseCall() as own:
+        return block_inverse(block, z, y, guidance, own, on_token)

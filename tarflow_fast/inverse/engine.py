@@ -1,6 +1,6 @@
 """The native engine: all of one block's inversion in a few native calls.
 
-Each call returns within about 50 ms, so that Ctrl-C and progress work. Precisions:
+Each call returns after 30 ms or a layer of MOST_ROWS rows, so that Ctrl-C and progress work. Precisions:
 
     fp32   weights, products and cache float32
     bf16   weights, products and cache bfloat16, accumulated in float32
@@ -34,6 +34,7 @@ __all__ = ["Engine"]
 SECONDS = 0.03  # a native call returns after about this long
 CACHE = 16 << 20  # bytes of a shared last-level cache to count on
 ROWS = 8  # fewer rows than this at a time waste the reads of the weights
+MOST_ROWS = 256  # more would only lengthen what Ctrl-C waits for: 2048 rows of a layer of C 1024 take 480 ms
 PARTS = ("proj_in", "qkv", "attention", "proj", "fc1", "fc2", "proj_out", "update", "wait")  # enum tf_part
 _UNCHECKED = 1 << 26  # bytes below this are taken without a look at the machine's memory
 
@@ -52,8 +53,8 @@ class Engine:
     """The native side of one inverse call: one plan, packed anew for every block (or the plans of a frozen model), and
     one workspace.
 
-    A large batch is inverted in groups, with the same bits: as large as the memory limit allows, and where weights and
-    key/value cache of a group fit the processor's cache, no larger than that.
+    A large batch is inverted in groups, with the same bits: of up to MOST_ROWS rows, as many as the memory limit
+    allows, and where weights and key/value cache of a group fit the processor's cache, no more than that.
 
     Args:
         precision: 'fp32', 'bf16' or 'int8'.
@@ -110,7 +111,7 @@ class Engine:
             self._prepare(sizes, B, share, threads)
         self._take_plan(block, sizes, weights)
 
-        z32 = z.detach().to(torch.float32).contiguous()
+        z32 = z.detach().resolve_neg().to(torch.float32).contiguous()  # a lazy minus sign is not in the memory read
         x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64, device="cpu")
         table = class_table(block) if self._frozen is None else self._frozen.class_table(block)
         classes = None if table is None else class_rows(table, y, B, guidance.active)
@@ -170,6 +171,7 @@ class Engine:
         """Chooses the group and makes `_workspace` fit it."""
         self._prepared = None  # should this raise
         group, space = self._rows_together(sizes, B, share), self._workspace
+        group = -(-B // -(-B // group))  # as many groups, of even size
         fits = space is not None and space.sizes.key() == sizes.key() and space.rows >= group * share
         if not fits or space.threads < threads:
             self._workspace = None
@@ -178,7 +180,7 @@ class Engine:
 
     def _rows_together(self, sizes: Sizes, B: int, share: int) -> int:
         """How many rows of the batch to invert together."""
-        plan_bytes, group = Plan.bytes_of(sizes), B
+        plan_bytes, group = Plan.bytes_of(sizes), min(B, max(1, MOST_ROWS // share))
         one = Workspace.bytes_of(sizes, share)
         if plan_bytes < 0 or one < 0 or Workspace.bytes_of(sizes, B * share) < 0:
             raise ValueError(f"block_inverse: the bytes of this block at batch {B} overflow: {sizes.key()}")
@@ -190,15 +192,21 @@ class Engine:
             plan_bytes, held = self._frozen.bytes_for(self.precision), self._frozen.held
         if self._workspace is not None:
             held += self._workspace.bytes
-        while True:
-            needed = plan_bytes + Workspace.bytes_of(sizes, group * share)
-            if limit is None and needed > _UNCHECKED:
-                limit = available_memory(held)
-            if limit is None or needed <= limit:
-                return group
-            if group == 1:
-                raise MemoryError(
-                    f"block_inverse: one row needs {needed:,} bytes (plans {plan_bytes:,}, workspace "
-                    f"{needed - plan_bytes:,}), over the limit of {limit:,}"
-                )
-            group = (group + 1) // 2
+
+        def needed(group: int) -> int:
+            return plan_bytes + Workspace.bytes_of(sizes, group * share)
+
+        if limit is None and needed(group) > _UNCHECKED:
+            limit = available_memory(held)
+        if limit is None or needed(group) <= limit:
+            return group
+        if needed(1) > limit:
+            raise MemoryError(
+                f"block_inverse: one row needs {needed(1):,} bytes (plans {plan_bytes:,}, workspace {one:,}), "
+                f"over the limit of {limit:,}"
+            )
+        fits, too_many = 1, group
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if needed(middle) <= limit else (fits, middle)
+        return fits

@@ -37,7 +37,7 @@ class Guidance:
             check_number("reverse", name, value)
         if not isinstance(self.annealed, bool):
             raise TypeError(f"reverse: annealed_guidance must be a bool, got {type(self.annealed).__name__}")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
+        if not 0 <= self.weight <= torch.finfo(torch.float32).max:
             raise ValueError(f"reverse: guidance must be finite and >= 0, got {self.weight}")
         if not (math.isfinite(self.attn_temp) and self.attn_temp > 0):
             raise ValueError(f"reverse: attn_temp must be finite and > 0, got {self.attn_temp}")

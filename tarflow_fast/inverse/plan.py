@@ -105,8 +105,9 @@ class _Native:
 class _Spares:
     """Memory of finished calls, kept for the next of the same sizes: a small block is inverted in the time that fresh
     pages take, and packing 230 MB into fresh pages of a virtual machine took 250 ms, into these 22. Only memory is
-    kept: a plan is packed anew by every call, a workspace holds nothing a run reads. What is large the system may take
-    back when it runs short of memory; the rest is kept up to a smaller sum."""
+    kept: a plan is packed anew by every call, and all a run reads of a workspace that it did not write are the zeros
+    between rows, and how long stages took. What is large the system may take back when it runs short of memory; the
+    rest is kept up to a smaller sum."""
 
     LIMITS = {True: 1 << 30, False: 1 << 26}  # bytes of what can be taken back, and of what cannot
 

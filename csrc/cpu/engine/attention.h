@@ -1,13 +1,13 @@
-// W queries of one (row, head) against its cache and, causally, each other.
+// The queries of one (row, head), a window of them, against its cache and, causally, each other.
 //
 // Keys lie in blocks of 16, 16 bytes (4 fp32 or 8 bf16 numbers) of each together, [T/16][Ep/4][16][4] (bf16:
 // [T/16][Ep/8][16][8]), so that appending a key writes 16 bytes at a time, and scores read straight ahead. A vector
 // holds pieces of W / 4 keys; the order of the 16 within a block (slot_of) is the one in which sum_fours gives scores in
 // the order of the keys. Values are rows, [T][Ep] (bf16: pairs of rows, [T/2][Ep][2]). Where the machine multiplies
 // bf16 pairs, queries and probabilities are rounded to bf16 as well; elsewhere they stay fp32. A score is the sum of 8
-// chains over the head, an output the sum of two chains over the keys. No order depends on W, the row or the thread, so
-// a query has the same bits alone and in a window; and it never touches a key after its own, which may be anything, NaN
-// included.
+// chains over the head, an output the sum of two chains over the keys. No order depends on the number of queries, the row
+// or the thread, so a query has the same bits alone and in a window; and keys after its own count for nothing, whatever
+// they hold, NaN included.
 #pragma once
 #include "operand.h"
 

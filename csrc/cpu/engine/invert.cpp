@@ -36,13 +36,8 @@ void update(const Job& job, int64_t b, int64_t i) {
         const vf shift = guided(s.out - s.D + d, n, job.in.guide_b != 0);
         vf next = load_part(z + d, n);
         if (s.scale) {
-            vf a = guided(d, n, job.in.guide_a != 0);
+            const vf a = guided(d, n, job.in.guide_a != 0);  // 0 in the lanes past D
             next = next * exp(a);
-            if (n < W) {  // the lanes past D hold nothing of a
-                float lanes[W] = {};
-                store(lanes, a, n);
-                a = load(lanes);
-            }
             vd low, high;
             widen(a, low, high);
             total[0] += low, total[1] += high;

@@ -46,7 +46,11 @@ void* allocate(int64_t bytes) {
 }
 
 void release(void* memory, int64_t bytes) {
-    if (memory) munmap(memory, size_t(bytes));
+    if (!memory) return;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(memory, size_t(bytes));
+#endif
+    munmap(memory, size_t(bytes));
 }
 
 bool rest(void* memory, int64_t header, int64_t bytes) {

@@ -2,6 +2,9 @@
 // does not fit is an error, never a small number.
 #pragma once
 #include "../table.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace tf::TF_ISA {
 
@@ -39,20 +42,31 @@ inline Bytes operator+(Bytes a, Bytes b) {
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t panels(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
-// Distance between rows of activations: whole cache lines, and never a power of two, whose rows would share cache sets.
+// Distance between rows of activations, 64 bytes of floats more than they take: a width that is a power of two does not
+// give one, whose rows would share cache sets.
 inline int64_t stride(int64_t width) { return round_up(width, 16) + 16; }
 
 // Hands out 64-byte aligned pieces of one block of memory; without a base it only counts them.
 struct Arena {
+#ifdef __SANITIZE_ADDRESS__
+    static constexpr int64_t GAP = 128;  // behind every piece, to be touched by nobody
+#else
+    static constexpr int64_t GAP = 0;
+#endif
     char* base = nullptr;
     Bytes used;
 
     template <class T>
     T* take(Bytes count) {
         const int64_t at = used.value;
-        used = used + (count * int64_t(sizeof(T)) + Bytes{63, false});
+        const Bytes end = used + count * int64_t(sizeof(T));
+        used = end + Bytes{63 + GAP, false};
         used.value &= ~int64_t(63);
-        return base && !used.bad ? reinterpret_cast<T*>(base + at) : nullptr;
+        if (!base || used.bad) return nullptr;
+#ifdef __SANITIZE_ADDRESS__
+        __asan_poison_memory_region(base + end.value, size_t(used.value - end.value));
+#endif
+        return reinterpret_cast<T*>(base + at);
     }
     template <class T>
     T* take(int64_t count) {
