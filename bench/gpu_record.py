@@ -50,9 +50,13 @@ class Timer:
             run()
         times = []
         for _ in range(runs):
+            self.synchronize()
+            # The device is kept busy while the host launches, else the start is stamped at once and a launch of some
+            # microseconds counts as work.
             if cold:
                 self.flush.zero_()
-            self.synchronize()
+            elif self.cuda:
+                torch.cuda._sleep(200_000)  # about 0.1 ms
             if self.cuda:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()

@@ -35,6 +35,9 @@ def training(name, timer, record, dtype, B, variants, tiny=False):
         with torch.device(timer.device):
             model = TarFlow(**workload.config) if variant == "ours" else ReferenceTarFlow(**workload.config)
         if state is None:
+            with torch.no_grad():  # zero at the start, it would hide all that comes before it from the loss
+                for block in model.blocks:
+                    block.proj_out.weight.normal_(std=0.1 / C**0.5)
             state = {key: value.clone() for key, value in model.state_dict().items()}
         model.load_state_dict(state)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=timer.cuda)

@@ -254,6 +254,20 @@ def test_what_it_cannot_compute(triton_device):
 
 
 @pytest.mark.interpreter
+def test_layers_may_share_weights(triton_device):
+    block, z = make_block(T=3, num_layers=2).to(triton_device), noise(T=3).to(triton_device)
+    first, second = block.attn_blocks[:2]
+    second.attention.proj.weight, second.mlp = first.attention.proj.weight, first.mlp
+    apart = copy.deepcopy(block)
+    apart.load_state_dict({name: value.clone() for name, value in block.state_dict().items()}, assign=True)
+    assert len([*apart.parameters()]) > len([*block.parameters()])
+    assert same_bits(by_name(block, z)[0], by_name(apart, z)[0])
+    workspace = prepare_graph(block, z, Guidance())
+    workspace.load(block, z, None, Guidance())
+    assert not any(weight.requires_grad for weight in workspace.weights.values())
+
+
+@pytest.mark.interpreter
 def test_precision_chooses_the_storage(triton_device):
     block, z = make_block().to(triton_device), noise().to(triton_device)
     with torch.autocast(triton_device.type, torch.float16):

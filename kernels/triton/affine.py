@@ -7,6 +7,8 @@ and D alone and no two programs write one address: the bits depend neither on th
 import torch
 import triton
 import triton.language as tl
+from tarflow_fast.kernels.triton.device import on
+from tarflow_fast.kernels.triton.exponential import exp
 from tarflow_fast.kernels.triton.tuning import AFFINE_TILE as TILE
 from tarflow_fast.kernels.triton.tuning import AFFINE_WARPS as NUM_WARPS
 
@@ -52,7 +54,7 @@ def forward_kernel(
     if SCALE:
         a = tl.load(ab_ptr + from_, mask=conditioned, other=0.0).to(COMPUTE)
         b = tl.load(ab_ptr + from_ + D, mask=conditioned, other=0.0).to(COMPUTE)
-        y = (y - b) * tl.exp(-a)
+        y = (y - b) * exp(-a)
         tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.sum(a, axis=1), axis=0))
     else:
         y = y - tl.load(ab_ptr + from_, mask=conditioned, other=0.0).to(COMPUTE)
@@ -101,7 +103,7 @@ def backward_kernel(
         b = tl.load(ab_ptr + from_ + D, mask=conditioned, other=0.0).to(COMPUTE)
         y = tl.load(x_ptr + at, mask=conditioned, other=0.0).to(COMPUTE)
         dlog_det = tl.load(dlog_det_ptr + row).to(COMPUTE)
-        g = g * tl.exp(-a)
+        g = g * exp(-a)
         da = tl.where(token > 0, -(g * (y - b)) - dlog_det, 0.0)
         tl.store(dab_ptr + from_, da.to(dab_ptr.dtype.element_ty), mask=inside)
         from_ += D
@@ -119,7 +121,7 @@ def affine_forward(x, ab, z, log_det, flip):
     if B == 0:
         return
     sums = torch.empty(B * programs, dtype=log_det.dtype, device=x.device)
-    with _on(x.device):
+    with on(x.device):
         forward_kernel[(B * programs,)](x, ab, z, sums, T, **settings)
         if settings["SCALE"]:
             log_det_kernel[(B,)](sums, log_det, programs, BLOCK=256)
@@ -130,7 +132,7 @@ def affine_backward(dz, dlog_det, x, ab, dx, dab, flip):
     programs, settings = _launch(x, ab, flip)
     if x.shape[0] == 0:
         return
-    with _on(x.device):
+    with on(x.device):
         backward_kernel[(x.shape[0] * programs,)](dz, dlog_det, x, ab, dx, dab, x.shape[1], **settings)
 
 
@@ -150,8 +152,3 @@ def _launch(x, ab, flip):
         "num_warps": NUM_WARPS,
     }
     return chunks * triton.cdiv(D, block_d), settings
-
-
-def _on(device):
-    # Triton launches on the current GPU, which need not be the tensors'.
-    return torch.cuda.device(device if device.type == "cuda" else -1)

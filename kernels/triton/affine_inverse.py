@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from tarflow_fast.kernels.triton import tuning_step
 from tarflow_fast.kernels.triton.device import on
+from tarflow_fast.kernels.triton.exponential import exp
 from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, query_places
 
 
@@ -22,15 +23,6 @@ def _product(weight_at, h_at, weights_inside, rows_inside, C, BLOCK_D, BLOCK_M, 
         h = tl.load(h_at + start, mask=rows_inside, other=0.0)
         acc = tl.dot(w.to(DOT), h.to(DOT), acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def _exp(x):
-    """exp in fp32, without the rounding of x log2(e) that tl.exp takes along: it grows with |x|."""
-    t = x * 1.4426950408889634
-    rest = tl.fma(x, tl.full(x.shape, 1.4426950408889634, tl.float32), -t) + x * 1.9259629911e-8
-    rest = tl.where(tl.abs(rest) < 1.0, rest, 0.0)  # of infinities nothing is left over
-    return tl.exp2(t) * (1.0 + rest * 0.6931471805599453)
 
 
 @triton.jit
@@ -92,7 +84,7 @@ def tail_kernel(
             g = tl.load(guidance_ptr + position, mask=active, other=0.0)[None, :]
             a_u = _product(at, unguided_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
             a += tl.where(g == 0.0, 0.0, g * (a - a_u))
-        y = y * _exp(a)
+        y = y * exp(a)
         total = tl.sum(tl.where(inside, a, 0.0), axis=0)
         tl.store(sums_ptr + (row + tl.program_id(0).to(tl.int64) * B) * T + position, total, mask=active)
     tl.store(x_ptr + token, y + b, mask=inside)

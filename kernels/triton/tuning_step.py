@@ -42,6 +42,7 @@ def linear(M, N, K, dtype, norm):
     block_k = _divisor(K, (64 if few else 32) if wide else (256 if few else 64))
     programs = triton.cdiv(N, block_n) * triton.cdiv(M, block_m)
     splits = min(MAX_SPLITS["linear"], triton.cdiv(PROGRAMS, programs), K // block_k)
+    splits = triton.cdiv(K // block_k, triton.cdiv(K // block_k, splits))  # none without work
     return {
         "NORM": norm and few,
         "SPLITS": splits,

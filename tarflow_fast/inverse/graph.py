@@ -19,6 +19,7 @@ tiles of the whole and so with its bits.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -29,7 +30,6 @@ from torch import Tensor
 from tarflow_fast.inverse.eligibility import inspect
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.inverse.memory import available_memory
-from tarflow_fast.ops.registry import triton_missing, triton_refuses
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["GraphWorkspace", "invert_graph", "prepare_graph", "rows_together", "storage_dtype", "why_not_graph"]
 
 _UNCHECKED = 1 << 26  # bytes below this are taken without a look at the device's memory
+_ONE_CAPTURE = (
+    threading.Lock()
+)  # PyTorch allows one at a time in a process: each begins by waiting for the whole device
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128)
 
@@ -52,6 +55,8 @@ def storage_dtype(z: Tensor, precision: str | None = None) -> torch.dtype:
 
 def why_not_graph(block: MetaBlock, z: Tensor, precision: str | None = None) -> str:
     """Why this path cannot invert `block` at z; "" when it can."""
+    from tarflow_fast.ops.registry import triton_missing, triton_refuses  # that package imports this module
+
     if precision not in (None, "fp32", "bf16"):
         return f"it has no precision {precision!r}"
     dtype = storage_dtype(z, precision)
@@ -123,7 +128,7 @@ class GraphWorkspace:
         # Matrices in the storage type; vectors, which cost nothing, in float32.
         self.weights = {
             name: empty(*p.shape, dtype=dtype if p.ndim == 2 else torch.float32)
-            for name, p in block.named_parameters()
+            for name, p in block.named_parameters(remove_duplicate=False)
             if name not in ("pos_embed", "class_embed")
         }
         self.eps = [(layer.attention.norm.eps, layer.mlp.norm.eps) for layer in block.attn_blocks]
@@ -133,7 +138,8 @@ class GraphWorkspace:
     @staticmethod
     def describe(block: MetaBlock, B: int, guided: bool, dtype: torch.dtype) -> tuple:
         """What two calls must have in common to share a workspace."""
-        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters() if name != "class_embed")
+        named = block.named_parameters(remove_duplicate=False)
+        shapes = tuple((name, tuple(p.shape)) for name, p in named if name != "class_embed")
         eps = tuple((layer.attention.norm.eps, layer.mlp.norm.eps) for layer in block.attn_blocks)
         device = block.pos_embed.device
         return B, guided, dtype, device, block.attn_blocks[0].attention.head_size, shapes, eps
@@ -158,12 +164,14 @@ class GraphWorkspace:
         self.load_weights(block)
         self.load_rows(block, z, y, guidance)
 
+    @torch.no_grad()
     def load_weights(self, block: MetaBlock) -> None:
-        parameters = dict(block.named_parameters())
+        parameters = dict(block.named_parameters(remove_duplicate=False))  # layers may share weights
         for name, buffer in self.weights.items():
             buffer.copy_(parameters[name])
         self.pos_embed.copy_(block.pos_embed)
 
+    @torch.no_grad()
     def load_rows(self, block: MetaBlock, z: Tensor, y: Tensor | None, guidance: Guidance) -> None:
         """z (B, T, D), y (B,) or None."""
         self.x.copy_(z)
@@ -217,9 +225,16 @@ class GraphWorkspace:
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """Capture the step, once. A capture that fails costs speed, not the answer: the kernels then run one by one."""
+        """Capture the step, once. A capture that fails costs speed, not the answer: the kernels then run one by one, as
+        they do inside a capture of the caller's."""
         if not self.capture or self.graph is not None:
             return
+        if self.x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        with _ONE_CAPTURE:
+            self._capture()
+
+    def _capture(self) -> None:
         from tarflow_fast.kernels.triton.device import on
 
         self.step()  # compiles and loads the kernels, which a capture must not
