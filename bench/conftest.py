@@ -1,4 +1,4 @@
-"""`pytest bench/ --benchmark-only`: about eight minutes. `--full` adds the published sizes at full length, about an hour.
+"""`pytest bench/ --benchmark-only`: about eight minutes. `--full` adds the published sizes at full length, an hour.
 
 The tables at the end are the result; `--save NAME` writes them, with machine, versions and every timing, to
 bench/results/NAME/.
