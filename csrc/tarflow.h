@@ -135,8 +135,9 @@ typedef struct tf_inversion {
 } tf_inversion;
 
 // Inverts the block. Work is counted in stages, (T - 1) (L + 2) in all, L + 2 a token; a call goes on from *stage, which
-// is 0 at first, and returns with *stage advanced once `seconds` have passed (give or take a stage or, in a first call that splits rows, a token) or at the end. Between
-// calls only the same inversion may use the workspace, and x, z and the rest must stay as they are.
+// is 0 at first, and returns with *stage advanced once `seconds` have passed or at the end: give or take a stage or, in a
+// first call that splits rows, a token. Between calls only the same inversion may use the workspace, and x, z and the
+// rest must stay as they are.
 TF_EXPORT int tf_invert(const tf_plan* plan, tf_workspace* workspace, const tf_inversion* inversion, int64_t* stage,
                         double seconds, int threads);
 

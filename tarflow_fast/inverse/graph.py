@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["GraphWorkspace", "invert_graph", "prepare_graph", "rows_together", "storage_dtype", "why_not_graph"]
 
 _UNCHECKED = 1 << 26  # bytes below this are taken without a look at the device's memory
-_ONE_CAPTURE = (
-    threading.Lock()
-)  # PyTorch allows one at a time in a process: each begins by waiting for the whole device
+_ONE_CAPTURE = threading.Lock()  # PyTorch allows one at a time in a process
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128)
 

@@ -1,8 +1,8 @@
 // Activations times packed weights.
 //
 // Each sum of a product runs over the inputs in order, one fused multiply-add after another (vdpbf16ps: one bf16 pair
-// after another; plain x86-64, which has neither: one product and sum), from run to run of a fixed length, and from part to part of the matrix, whatever the tile, the
-// number of rows or of threads: a result never depends on its neighbours.
+// after another; plain x86-64, which has neither: a product and a sum), from run to run of a fixed length, and from part
+// to part of the matrix, whatever the tile, the number of rows or of threads: a result never depends on its neighbours.
 #pragma once
 #include "sizes.h"
 
