@@ -1,7 +1,10 @@
-"""Flow blocks drawn at random, ragged and degenerate sizes included, and what to invert them with."""
+"""Flow blocks drawn at random, ragged and degenerate sizes included, what to invert them with, and where."""
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from typing import NamedTuple
 
 import torch
@@ -68,3 +71,9 @@ def in_torch(case, dtype=torch.float32, autocast=False):
     block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         return invert_sequential(block, z.to(dtype), y, guidance, KVCache(len(block.attn_blocks), z.size(1)))
+
+
+def run_python(code, timeout=120):
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)

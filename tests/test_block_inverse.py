@@ -372,3 +372,9 @@ def test_weights_are_read_anew_by_every_call():
         case.block.attn_blocks[0].mlp.main[2].weight.data.mul_(1.5)  # through .data: no version counter moves
     after = invert_block(*case)[0]
     assert not same_bits(before, after) and same_bits(after, run(case)[0])
+
+
+def test_a_lazy_minus_sign_is_seen():
+    model = random_flow(channels=64)
+    z = random_noise(model)
+    assert same_bits(model.blocks[0].reverse(torch._neg_view(z)), model.blocks[0].reverse(-z))

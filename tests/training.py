@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import tarflow_fast
+from tarflow_fast.parallel import Workers
 from tarflow_fast.train_config import TrainConfig
+from tarflow_fast.trainer import Trainer
 
+ALONE = Workers(0, 1, torch.device("cpu"))
 ROOT = Path(tarflow_fast.__file__).parents[1]
 TINY = dict(
     patch_size=4, channels=64, num_blocks=2, layers_per_block=1, batch_size=32, epochs=1.0, log_every=1,
@@ -51,3 +55,8 @@ def write_image(path, pixels, **save):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path, **save)
     return path
+
+
+def trainer_of(config, me=ALONE) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(config.resolved(), me)

@@ -22,7 +22,7 @@ from tarflow_fast import native
 from tarflow_fast.inverse.classes import class_rows, class_table
 from tarflow_fast.inverse.eligibility import Weights, inspect
 from tarflow_fast.inverse.guidance import Guidance
-from tarflow_fast.inverse.memory import available_memory
+from tarflow_fast.inverse.memory import available_memory, most_rows
 from tarflow_fast.inverse.plan import SPLITS, Plan, Sizes, Workspace
 
 if TYPE_CHECKING:
@@ -205,8 +205,4 @@ class Engine:
                 f"block_inverse: one row needs {needed(1):,} bytes (plans {plan_bytes:,}, workspace {one:,}), "
                 f"over the limit of {limit:,}"
             )
-        fits, too_many = 1, group
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            fits, too_many = (middle, too_many) if needed(middle) <= limit else (fits, middle)
-        return fits
+        return most_rows(group, lambda rows: needed(rows) <= limit)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tarflow_fast.inverse.eligibility import inspect
 from tarflow_fast.inverse.guidance import Guidance
-from tarflow_fast.inverse.memory import available_memory
+from tarflow_fast.inverse.memory import available_memory, most_rows
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
@@ -291,10 +291,7 @@ def rows_together(
             f"block_inverse: one row needs {one.nbytes:,} bytes (weights {weights:,}, workspace "
             f"{one.nbytes - weights:,}), over the limit of {limit:,}"
         )
-    fits, too_many = 1, B
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if describe(middle).nbytes <= limit else (fits, middle)
+    fits = most_rows(B, lambda rows: describe(rows).nbytes <= limit)
     rows = -(-B // -(-B // fits))  # as many parts as that takes, of one size
     return rows, describe(rows).nbytes
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_memory"]
+__all__ = ["available_memory", "most_rows"]
 
 # of a control group: its limit, what it uses, and which part of that the kernel would give back first
 V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
@@ -25,6 +25,15 @@ def available_memory(held: int = 0, root: Path = Path("/")) -> int | None:
     """
     left = [*_available(root), *_left_in_groups(root)]
     return min(left) * 9 // 10 + held if left else None
+
+
+def most_rows(too_many: int, fits: Callable[[int], bool]) -> int:
+    """The largest number of rows below `too_many` that fits, where one does and more never fit where fewer do not."""
+    most = 1
+    while too_many - most > 1:
+        middle = (most + too_many) // 2
+        most, too_many = (middle, too_many) if fits(middle) else (most, middle)
+    return most
 
 
 def _available(root: Path) -> Iterator[int]:
