@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -257,24 +258,50 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var, scaled=True)
         y = check_labels("reverse", y, x.size(0), self.num_classes, self.var)
         guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
-        if idle := guide.why_idle(y is not None):
-            warn_once(f"reverse: {idle}")
         bad = NonFinite("reverse", nonfinite, x.size(0))
-        T, K = self.num_tokens, len(self.blocks)
         with (
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
-            _progress_bar(K * (T - 1)) if progress else nullcontext() as bar,
             InverseCall(self.backend, precision, differentiable, memory_limit, self.blocks, self._frozen) as call,
+            self._progress("reverse", 1 if progress else 0) as on_token,
         ):
-            stages = [x.clone() if return_sequence else x]
-            tokens = x * self.var.sqrt()
-            for block in reversed(self.blocks):
-                tokens, _ = invert_block(block, tokens, y, guide, call, bar.update if progress else None)
-                stages.append(tokens)
-            if bad.in_part(tokens):
-                bad.at(first_overflow(stages, self.blocks, guided=guide.active))
+            stages = self._invert(x, y, guide, call, bad, on_token)
             bad.warn()
-            return [self.unpatchify(s) for s in stages] if return_sequence else self.unpatchify(tokens)
+            if return_sequence:
+                return [self.unpatchify(stage) for stage in (x.clone(), *stages[1:])]
+            return self.unpatchify(stages[-1])
+
+    def _invert(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        guide: Guidance,
+        call: InverseCall,
+        bad: NonFinite,
+        on_token: Callable[[], None] | None,
+    ) -> list[Tensor]:
+        """The K + 1 stages (B, T, D) of the inverse of noise x, checked, x itself first; `bad` learns of overflows."""
+        if idle := guide.why_idle(y is not None):
+            warn_once(f"{guide.where}: {idle}")
+        begin, stages, tokens = bad.seen, [x], x * self.var.sqrt()
+        call.begin()
+        for block in reversed(self.blocks):
+            tokens, _ = invert_block(block, tokens, y, guide, call, on_token)
+            stages.append(tokens)
+        if bad.in_part(tokens):
+            bad.at(first_overflow(stages, self.blocks, begin, guide.active))
+        return stages
+
+    @contextmanager
+    def _progress(self, where: str, parts: int) -> Iterator[Callable[[], None] | None]:
+        """What to call for every token solved in `parts` inverses one after another, for a progress bar; 0: no bar."""
+        if not parts:
+            yield None
+            return
+        from tqdm.auto import tqdm  # only here, so that a bare machine samples without it
+
+        tokens = parts * len(self.blocks) * (self.num_tokens - 1)
+        with tqdm(total=tokens, desc=where, unit="token", leave=False) as bar:
+            yield bar.update
 
     def sample(
         self,
@@ -310,6 +337,7 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
             TypeError, ValueError: as `reverse`; labels given to an unconditional flow; both seed and generator.
         """
         check_positive_int("sample", "n", n, 0)
+        guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance, where="sample")
         batch_size = max(n, 1) if batch_size is None else check_positive_int("sample", "batch_size", batch_size)
         if y is not None and not self.num_classes:
             raise ValueError("sample: y must be None for an unconditional flow (num_classes = 0), got labels")
@@ -321,36 +349,24 @@ class TarFlow(LikelihoodMixin, CheckpointMixin, nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"sample: generator must be a torch.Generator, got {type(generator).__name__}")
         noise = torch.randn(n, *self.var.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.var)
-        parts, bad = [], NonFinite("sample", nonfinite, n)
-        for start in range(0, max(n, 1), batch_size):
-            part = self.reverse(
-                noise[start : start + batch_size],
-                None if y is None else y[start : start + batch_size],
-                guidance,
-                guide_what,
-                attn_temp,
-                annealed_guidance,
-                True,
-                nonfinite="ignore",
-                progress=progress,
-                precision=precision,
-                memory_limit=memory_limit,
-            )
-            if bad.in_part(part[-1]):
-                bad.at(first_overflow([self.patchify(stage) for stage in part], self.blocks, start, guidance > 0))
-            parts.append(part)
+        parts, starts, bad = [], range(0, max(n, 1), batch_size), NonFinite("sample", nonfinite, n)
+        with (
+            torch.no_grad(),
+            InverseCall(
+                self.backend, precision, False, memory_limit, self.blocks, self._frozen, where="sample"
+            ) as call,
+            self._progress("sample", len(starts) if progress else 0) as on_token,
+        ):
+            for start in starts:
+                rows = slice(start, start + batch_size)
+                stages = self._invert(noise[rows], None if y is None else y[rows], guide, call, bad, on_token)
+                parts.append(stages if return_sequence else stages[-1:])
         bad.warn()
-        stages = [torch.cat(stage) for stage in zip(*parts, strict=True)]
-        return stages if return_sequence else stages[-1]
+        images = [self.unpatchify(torch.cat(stage)) for stage in zip(*parts, strict=True)]
+        return images if return_sequence else images[-1]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config.items())
-
-
-def _progress_bar(tokens: int) -> Any:
-    from tqdm.auto import tqdm  # only here, so that a bare machine samples without it
-
-    return tqdm(total=tokens, desc="reverse", unit="token", leave=False)
 
 
 Model = TarFlow

@@ -128,6 +128,8 @@ CALLS = [
         ValueError,
         "denoise: nonfinite must be one of warn, raise, ignore, got 'drop'",
     ),
+    (lambda: MODEL.sample(2, guidance=-1), ValueError, "sample: guidance must be finite and >= 0, got -1"),
+    (lambda: MODEL.sample(2, memory_limit=0), ValueError, "sample: memory_limit must be >= 1, got 0"),
     (lambda: MODEL.sample(-1), ValueError, "sample: n must be >= 0, got -1"),
     (lambda: MODEL.sample(2, batch_size=0), ValueError, "sample: batch_size must be >= 1, got 0"),
     (

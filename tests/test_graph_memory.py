@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from compare import same_bits
+from flows import random_flow
 from test_graph_inverse import GUIDED, make_block, no_grad, noise, triton_device  # noqa: F401
 
 from tarflow_fast.inverse import Guidance, InverseCall, graph, invert_block
@@ -41,6 +42,18 @@ def test_parts_have_the_bits_of_the_whole(together, parts, triton_device):  # no
     assert call.graph.B == together and -(-ROWS // together) == parts and call.graph.nbytes <= call.memory_limit
     assert all(map(same_bits, got, expected))
     assert len(ticks) == TOKENS - 1, "a token counts once it is solved in every part"
+
+
+@pytest.mark.interpreter
+def test_the_parts_of_a_sample_share_one_graph(triton_device, monkeypatch):  # noqa: F811
+    model, made = random_flow(img_size=4).to(triton_device), []
+    model.backend = "triton"
+    noise = torch.randn(6, *model.var.shape, generator=torch.Generator().manual_seed(0)).to(triton_device)
+    expected = torch.cat([model.reverse(rows) for rows in noise.split(2)])
+    prepare = GraphWorkspace.prepare
+    monkeypatch.setattr(GraphWorkspace, "prepare", lambda workspace: (made.append(workspace.B), prepare(workspace)))
+    assert same_bits(model.sample(6, seed=0, batch_size=2), expected)
+    assert made == [2]
 
 
 @pytest.mark.interpreter

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -308,8 +309,13 @@ def test_progress_is_shown_when_asked(capsys):
     model = random_flow(**CONFIG)
     model.sample(1, seed=0)
     assert capsys.readouterr().err == ""
-    model.sample(1, seed=0, progress=True)
-    assert "reverse" in capsys.readouterr().err
+    model.reverse(random_noise(model), progress=True)
+    assert "reverse: " in capsys.readouterr().err
+    model.sample(5, seed=0, batch_size=2, progress=True)
+    told = capsys.readouterr().err
+    assert "sample: " in told
+    total = 3 * len(model.blocks) * (model.num_tokens - 1)
+    assert set(re.findall(r"\d+/(\d+) ", told)) == {str(total)}, "one bar for all parts"
 
 
 def test_the_default_dtype_of_the_process_changes_nothing():

@@ -9,7 +9,7 @@ rows of one: rows 0 .. B-1 conditional, rows B .. 2B-1 unguided, so that every w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from tarflow_fast.validate import check_number
 
 @dataclass(frozen=True)
 class Guidance:
-    """The four guidance arguments of `TarFlow.reverse`, checked.
+    """The four guidance arguments of `TarFlow.reverse`, checked; `where` names the function in messages.
 
     Raises:
         TypeError: an argument is not a number, string or bool.
@@ -31,18 +31,19 @@ class Guidance:
     what: str = "ab"
     attn_temp: float = 1.0
     annealed: bool = False
+    where: str = field(default="reverse", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (("guidance", self.weight), ("attn_temp", self.attn_temp)):
-            check_number("reverse", name, value)
+            check_number(self.where, name, value)
         if not isinstance(self.annealed, bool):
-            raise TypeError(f"reverse: annealed_guidance must be a bool, got {type(self.annealed).__name__}")
+            raise TypeError(f"{self.where}: annealed_guidance must be a bool, got {type(self.annealed).__name__}")
         if not 0 <= self.weight <= torch.finfo(torch.float32).max:
-            raise ValueError(f"reverse: guidance must be finite and >= 0, got {self.weight}")
+            raise ValueError(f"{self.where}: guidance must be finite and >= 0, got {self.weight}")
         if not (math.isfinite(self.attn_temp) and self.attn_temp > 0):
-            raise ValueError(f"reverse: attn_temp must be finite and > 0, got {self.attn_temp}")
+            raise ValueError(f"{self.where}: attn_temp must be finite and > 0, got {self.attn_temp}")
         if self.what not in ("a", "b", "ab", "ba"):
-            raise ValueError(f"reverse: guide_what must be 'a', 'b' or 'ab', got {self.what!r}")
+            raise ValueError(f"{self.where}: guide_what must be 'a', 'b' or 'ab', got {self.what!r}")
         for name in ("weight", "attn_temp"):  # NumPy's scalars would widen or narrow what they meet
             object.__setattr__(self, name, float(getattr(self, name)))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class InverseCall:
-    """What the K blocks of one inverse call share: the choices made, and memory made at the first use.
+    """What the K blocks of one inverse call, or of the parts of a sample, share: choices, and memory made at first use.
 
     Args:
         backend: of the op `block_inverse`.
@@ -31,6 +31,7 @@ class InverseCall:
             larger batch is inverted in parts.
         blocks: those of the model, by which messages number a block.
         frozen: of a frozen model: what is known of its blocks, and their packed weights.
+        where: the function called, for messages.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class InverseCall:
         memory_limit: int | None = None,
         blocks: Sequence[nn.Module] = (),
         frozen: FrozenBlocks | None = None,
+        where: str = "reverse",
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"reverse: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
+            raise ValueError(f"{where}: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
         if memory_limit is not None:
-            memory_limit = check_positive_int("reverse", "memory_limit", memory_limit)
+            memory_limit = check_positive_int(where, "memory_limit", memory_limit)
         self.backend, self.precision, self.differentiable = backend, precision, differentiable
         self.memory_limit, self.blocks, self.frozen = memory_limit, blocks, frozen
         self.paths: dict[int, InversePath] | None = None  # of `blocks` still to come, by id; None: not looked at yet
@@ -53,6 +55,10 @@ class InverseCall:
         self._kv_cache: KVCache | None = None
         self._engine: Engine | None = None
         self.graph: GraphWorkspace | None = None
+
+    def begin(self) -> None:
+        """Another pass over the blocks begins, perhaps with another number of rows. Engine and graph stay."""
+        self.paths = self._kv_cache = None
 
     def __enter__(self) -> InverseCall:
         return self
