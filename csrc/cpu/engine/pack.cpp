@@ -32,19 +32,27 @@ inline vf load_left(const E* p, int64_t k, int64_t n) {
     return n - k >= W ? load(p + k) : n > k ? load(p + k, int(n - k)) : zero();
 }
 
-// Where the packed columns of a matrix come from: column c is row `row(c)` of the Linear, or none (zeros).
+// Rows first .. first + count of a Linear: where 16 columns come from, the last of which are zeros where count < 16.
+struct Rows {
+    int64_t first;
+    int count;
+};
+
+// Where the packed columns of a matrix come from, 16 at a time.
 struct Columns {
     const Shape* qkv = nullptr;  // the columns of qkv are regrouped by head
     int64_t count = 0;           // rows of the Linear
 
-    int64_t row(int64_t column) const {
-        if (!qkv) return column < count ? column : -1;
+    Rows rows(int64_t column) const {
+        if (!qkv) return {column, up_to_16(count - column)};
         const int64_t width = qkv->group_panels * PANEL, in_group = column % width;
         const int64_t head = column / width * qkv->group + in_group / (3 * qkv->Ep);
         const int64_t within = in_group % (3 * qkv->Ep), which = within / qkv->Ep, e = within % qkv->Ep;
-        if (in_group >= 3 * qkv->Ep * qkv->group || head >= qkv->H || e >= qkv->E) return -1;
-        return which * qkv->C + head * qkv->E + e;
+        const bool none = in_group >= 3 * qkv->Ep * qkv->group || head >= qkv->H;
+        return {which * qkv->C + head * qkv->E + e, none ? 0 : up_to_16(qkv->E - e)};
     }
+
+    static int up_to_16(int64_t n) { return n <= 0 ? 0 : n < 16 ? int(n) : 16; }
 };
 
 struct Job {
@@ -54,19 +62,45 @@ struct Job {
     int64_t inputs;  // of the Linear; the matrix may have one more, zero
 };
 
+// One panel of a matrix.
+struct Item {
+    Job job;
+    int64_t panel;
+
+    Rows rows(int group) const { return job.columns.rows(panel * PANEL + group * 16); }
+};
+
+constexpr int GROUPS = PANEL / 16;
+
 // Packs one panel of elements E as S.
 template <class E, Storage S>
 struct Packer {
     // A word holds a float, a pair of bf16, or an int8; a tile is 16 words of each of 16 columns.
     static constexpr int64_t A_WORD = S == STORE_BF16 ? 2 : 1, TILE = 16 * A_WORD;
 
+    // The rows of 16 columns.
+    struct Group {
+        const E* data;
+        int count;
+        int64_t inputs;
+    };
+
     const Job& job;
-    const E* rows[PANEL];
-    const E* next[PANEL / 16];  // where the next panel's columns, 16 at a time, most likely are; nullptr past the last
+    const int64_t panel;
+    Group groups[GROUPS], next[GROUPS];  // next: of the item that follows
     float scales[PANEL];
     vu bad = {};
 
-    explicit Packer(const Job& what) : job(what) {}
+    Packer(const Item& item, const Item& following) : job(item.job), panel(item.panel) {
+        for (int g = 0; g < GROUPS; ++g) groups[g] = group(item, g), next[g] = group(following, g);
+    }
+
+    static Group group(const Item& item, int g) {
+        const Rows rows = item.rows(g);
+        if (rows.count == 0) return {};
+        const E* weights = static_cast<const E*>(item.job.weight.data);
+        return {weights + rows.first * item.job.inputs, rows.count, item.job.inputs};
+    }
 
     static inline void words(const E* row, int64_t k, int64_t n, float scale, uint32_t* out, vu& bad) {
         for (int at = 0; at < TILE; at += W) {
@@ -85,76 +119,86 @@ struct Packer {
         }
     }
 
-    // Columns c .. c + 16 of the panel, inputs k .. k + TILE.
-    void tile(int64_t panel, int c, int64_t k) {
+    // Short pieces of 64 rows are no order a machine guesses: those packed some time after are fetched now (226 MB of
+    // fp32 took 16 ms with those of the next panel, so 11). Inlined: compilers drop calls that only fetch.
+    static inline __attribute__((always_inline)) void fetch(const Group& from, int64_t k) {
+        for (int i = 0; i < from.count; ++i)
+            for (int64_t at = k; at < k + TILE; at += 64 / int64_t(sizeof(E)))
+                __builtin_prefetch(from.data + i * from.inputs + at, 0, 2);
+    }
+
+    // Columns of group g of the panel, inputs k .. k + TILE.
+    void tile(int g, int64_t k) {
         const Matrix& m = *job.matrix;
         alignas(64) uint32_t read[16][16], turned[16][16];
-        // 64 short pieces of rows are no order a machine guesses: without this 226 MB took 22 ms to pack, so 18.
-        if (const E* ahead = next[c / 16])
-            for (int i = 0; i < 16; ++i)
-                for (int64_t at = 0; at < TILE; at += 64 / int64_t(sizeof(E)))
-                    __builtin_prefetch(ahead + i * job.inputs + k + at);
+        if (S == STORE_INT8)
+            fetch(g + 1 < GROUPS ? groups[g + 1] : next[0], k);
+        else if (k + PART < job.inputs)
+            fetch(groups[g], k + PART);
+        else
+            fetch(next[g], k % PART);
+        const Group& from = groups[g];
         vu found = {};
-        for (int i = 0; i < 16; ++i)
-            if (rows[c + i])
-                words(rows[c + i], k, job.inputs, scales[c + i], read[i], found);
-            else
-                memset(read[i], 0, sizeof read[i]);
+        for (int i = 0; i < from.count; ++i)
+            words(from.data + i * job.inputs, k, job.inputs, scales[g * 16 + i], read[i], found);
+        for (int i = from.count; i < 16; ++i) memset(read[i], 0, sizeof read[i]);
         bad |= found;
         const int64_t left = (m.inputs - k) / A_WORD, lines = left < 16 ? left : 16, at = panel * m.inputs * PANEL;
         uint32_t* packed =
-            S == STORE_INT8 ? nullptr : static_cast<uint32_t*>(m.weights) + (at + k * PANEL) / A_WORD + c;
+            S == STORE_INT8 ? nullptr : static_cast<uint32_t*>(m.weights) + (at + k * PANEL) / A_WORD + g * 16;
         if (packed && lines == 16) return transpose16(read[0], 16, packed, PANEL);
         transpose16(read[0], 16, turned[0], 16);
-        for (int64_t j = 0; j < lines; ++j)
-            if (S == STORE_INT8)
-                for (int i = 0; i < 16; ++i)
-                    static_cast<int8_t*>(m.weights)[at + (k + j) * PANEL + c + i] = int8_t(turned[j][i]);
-            else
+        for (int64_t j = 0; j < lines; ++j) {
+            if (S == STORE_INT8) {
+                int8_t narrow[16];  // not straight to the weights: bytes may be anything, and then go one by one
+                for (int i = 0; i < 16; ++i) narrow[i] = int8_t(turned[j][i]);
+                memcpy(static_cast<int8_t*>(m.weights) + at + (k + j) * PANEL + g * 16, narrow, sizeof narrow);
+            } else {
                 memcpy(packed + j * PANEL, turned[j], sizeof turned[j]);
+            }
+        }
     }
 
-    // The scale of each column: its largest weight becomes 127.
-    void find_scales(int64_t panel) {
-        for (int c = 0; c < PANEL; ++c) {
+    // The scale of each column of group g: its largest weight becomes 127.
+    void find_scales(int g) {
+        const Group& from = groups[g];
+        for (int i = 0; i < 16; ++i) {
             vf column = {};
-            for (int64_t k = 0; rows[c] && k < job.inputs; k += W) {
-                const vf v = load_left(rows[c], k, job.inputs);
+            for (int64_t k = 0; i < from.count && k < from.inputs; k += W) {
+                const vf v = load_left(from.data + i * from.inputs, k, from.inputs);
                 column = max(column, max(v, -v));
             }
             const float most = max_lane(column);
+            const int c = g * 16 + i;
             job.matrix->scale[panel * PANEL + c] = scales[c] = most > 0.0f ? most / 127.0f : 1.0f;
         }
     }
 
     // Whether all weights were finite.
-    bool run(int64_t panel) {
-        for (int c = 0; c < PANEL; ++c) {
-            const int64_t row = job.columns.row(panel * PANEL + c);
-            rows[c] = row < 0 ? nullptr : static_cast<const E*>(job.weight.data) + row * job.inputs;
-        }
-        for (int c = 0; c < PANEL; c += 16) {
-            const int64_t row =
-                (panel + 1) * PANEL < job.matrix->columns ? job.columns.row((panel + 1) * PANEL + c) : -1;
-            next[c / 16] = row < 0 ? nullptr : static_cast<const E*>(job.weight.data) + row * job.inputs;
-        }
-        if (S == STORE_INT8) find_scales(panel);
-        for (int64_t part = 0; part < job.matrix->inputs; part += PART)
-            for (int c = 0; c < PANEL; c += 16)
-                for (int64_t k = part; k < part + PART && k < job.matrix->inputs; k += TILE) tile(panel, c, k);
+    bool run() {
+        const int64_t inputs = job.matrix->inputs;
+        if (S == STORE_INT8)  // reads its rows twice: few at a time, which stay in the cache
+            for (int g = 0; g < GROUPS; ++g) {
+                find_scales(g);
+                for (int64_t k = 0; k < inputs; k += TILE) tile(g, k);
+            }
+        else
+            for (int64_t part = 0; part < inputs; part += PART)
+                for (int g = 0; g < GROUPS; ++g)
+                    for (int64_t k = part; k < part + PART && k < inputs; k += TILE) tile(g, k);
         return finite(bad);
     }
 };
 
 template <class E>
-bool pack_weights(const Job& job, int64_t panel) {
-    switch (job.matrix->storage) {
+bool pack_weights(const Item& item, const Item& next) {
+    switch (item.job.matrix->storage) {
         case STORE_F32:
-            return Packer<E, STORE_F32>(job).run(panel);
+            return Packer<E, STORE_F32>(item, next).run();
         case STORE_BF16:
-            return Packer<E, STORE_BF16>(job).run(panel);
+            return Packer<E, STORE_BF16>(item, next).run();
         default:
-            return Packer<E, STORE_INT8>(job).run(panel);
+            return Packer<E, STORE_INT8>(item, next).run();
     }
 }
 
@@ -176,18 +220,19 @@ bool read(const Source& source, int64_t first, int64_t n, float* y) {
     return source.dtype == TF_BF16 ? read<bf16>(source.data, first, n, y) : read<f16>(source.data, first, n, y);
 }
 
-// -1, or the index of a tensor that is not finite.
-int64_t pack_panel(const Job& job, int64_t panel) {
+// -1, or the index of a tensor that is not finite. next: what is packed after it, to be fetched.
+int64_t pack_panel(const Item& item, const Item& next) {
+    const Job& job = item.job;
     const int dtype = job.weight.dtype;
-    const bool fine = dtype == TF_F32    ? pack_weights<float>(job, panel)
-                      : dtype == TF_BF16 ? pack_weights<bf16>(job, panel)
-                                         : pack_weights<f16>(job, panel);
+    const bool fine = dtype == TF_F32    ? pack_weights<float>(item, next)
+                      : dtype == TF_BF16 ? pack_weights<bf16>(item, next)
+                                         : pack_weights<f16>(item, next);
     int64_t bad = fine ? -1 : job.weight.index;
-    for (int c = 0; c < PANEL; ++c) {
-        const int64_t r = job.columns.row(panel * PANEL + c);
-        float* bias = job.matrix->bias + panel * PANEL + c;
-        *bias = 0.0f;
-        if (r >= 0 && job.bias.data && !read(job.bias, r, 1, bias)) bad = job.bias.index;
+    for (int g = 0; g < GROUPS; ++g) {
+        const Rows rows = item.rows(g);
+        float* bias = job.matrix->bias + item.panel * PANEL + g * 16;
+        memset(bias, 0, 16 * sizeof *bias);
+        if (job.bias.data && !read(job.bias, rows.first, rows.count, bias)) bad = job.bias.index;
     }
     return bad;
 }
@@ -215,7 +260,7 @@ int test_matmul(const float* x, const float* w, const float* bias, float* y, int
     char* operands = reinterpret_cast<char*>(m.bias + 2 * m.columns);
     float* room = reinterpret_cast<float*>(operands + M * stride(K) * 4);
     const Job job = {&m, {w, TF_F32, 0}, {bias, TF_F32, 1}, {nullptr, N}, K};
-    for (int64_t panel = 0; panel < panels(N); ++panel) pack_panel(job, panel);
+    for (int64_t panel = 0; panel < panels(N); ++panel) pack_panel({job, panel}, {job, panel});
     const auto fill = [=](auto* a) {
         for (int64_t r = 0; r < M; ++r)
             store_row(a + r * stride(K), K, [=](int64_t k, int n) { return load_part(x + r * K + k, n); });
@@ -286,17 +331,20 @@ int plan_pack(tf_plan* handle, const void* const* tensors, int dtype, int thread
     // Items are the panels of one layer; the ends count as a layer of their own. An item finds its matrix by counting.
     const int64_t qkv = s.groups * s.group_panels, proj = panels(s.C), fc1 = panels(s.F), fc2 = panels(s.C);
     const int64_t in = panels(s.C), out = panels(s.out), layer = qkv + proj + fc1 + fc2;
-    parallel_for(threads, in + out + s.L * layer, [&](int64_t item) {
-        if (item < in) return note(pack_panel(job(0), item));
-        if ((item -= in) < out) return note(pack_panel(job(1), item));
+    const auto find = [&](int64_t item) -> Item {
+        if (item < in) return {job(0), item};
+        if ((item -= in) < out) return {job(1), item};
         item -= out;
         const int64_t first = 2 + item / layer * 4;
         item %= layer;
-        if (item < qkv) return note(pack_panel(job(first), item));
-        if ((item -= qkv) < proj) return note(pack_panel(job(first + 1), item));
-        if ((item -= proj) < fc1) return note(pack_panel(job(first + 2), item));
-        note(pack_panel(job(first + 3), item - fc1));
-    });
+        if (item < qkv) return {job(first), item};
+        if ((item -= qkv) < proj) return {job(first + 1), item};
+        if ((item -= proj) < fc1) return {job(first + 2), item};
+        return {job(first + 3), item - fc1};
+    };
+    const int64_t items = in + out + s.L * layer;
+    parallel_for(threads, items,
+                 [&](int64_t item) { note(pack_panel(find(item), find(item + 1 < items ? item + 1 : item))); });
     *bad = found;
     return found >= 0 ? TF_NOT_FINITE : TF_OK;
 }
