@@ -12,7 +12,7 @@
 #define TF_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised by one whenever a signature or its meaning changes; tarflow_fast/native.py refuses a library of another number.
-#define TF_ABI_VERSION 2
+#define TF_ABI_VERSION 3
 
 enum tf_status {
     TF_OK = 0,
@@ -22,6 +22,7 @@ enum tf_status {
     TF_ISA_UNSUPPORTED = 4,  // built, but this processor or operating system cannot run it
     TF_BAD_SIZE = 5,         // sizes out of range or not matching; nothing was written
     TF_NOT_FINITE = 6,       // a weight is NaN or infinite
+    TF_BAD_LABEL = 7,        // a label is not below the number of classes; nothing was written
 };
 
 enum tf_dtype { TF_F32 = 0, TF_BF16 = 1, TF_F16 = 2, TF_F64 = 3 };
@@ -91,7 +92,7 @@ typedef struct tf_workspace tf_workspace;
 
 // The sizes of a block. channels is a multiple of head_size; scale: 0 when volume preserving (proj_out gives b alone).
 typedef struct tf_block {
-    int64_t tokens, token_size, channels, layers, head_size, hidden;
+    int64_t tokens, token_size, channels, layers, head_size, hidden, classes;  // classes: 0 for an unconditional block
     int32_t scale, precision;
 } tf_block;
 
@@ -104,7 +105,7 @@ TF_EXPORT int tf_plan_create(const tf_block* block, tf_plan** plan);
 // Fills the plan, also one filled before. tensors: contiguous, all of `dtype` (TF_F32, TF_BF16, TF_F16), as torch holds
 // them (a Linear's weight is (outputs, inputs)), NULL for one that is absent (a bias of 0, a norm's gain of 1):
 //   proj_in weight, bias, pos_embed, proj_out weight, bias; for each layer attention.norm weight, bias, qkv weight, bias,
-//   proj weight, bias, mlp.norm weight, bias, fc1 weight, bias, fc2 weight, bias.
+//   proj weight, bias, mlp.norm weight, bias, fc1 weight, bias, fc2 weight, bias; then class_embed (classes, 1, C).
 // TF_NOT_FINITE: tensor number *bad holds NaN or infinity, and the plan must not be used. No run may use it meanwhile.
 TF_EXPORT int tf_plan_pack(tf_plan* plan, const void* const* tensors, int dtype, int threads, int64_t* bad);
 
@@ -126,7 +127,7 @@ typedef struct tf_inversion {
     const float* z;            // (B, T, D)
     float* x;                  // (B, T, D), does not alias z
     double* log_det;           // (B,): sum of a
-    const float* classes;      // (R, C) class embeddings of the engine rows; NULL without classes
+    const int64_t* labels;     // (B,) below classes, negative for none; NULL: none. No label: the mean class embedding
     const float* query_scale;  // (R,) factor on the attention logits; NULL for 1
     const float* guidance;     // (B,) weights; NULL without guidance
     double* clock;             // (threads, TF_PARTS): seconds spent in each part, added to; NULL: nobody asks
@@ -144,7 +145,7 @@ TF_EXPORT int tf_invert(const tf_plan* plan, tf_workspace* workspace, const tf_i
 // One pass of the net over tokens position .. position + window (net order) of every row, their inputs given.
 typedef struct tf_pass_arguments {
     const float* tokens;       // (rows, window, D); guided: (rows / 2, window, D), each row for two engine rows
-    const float* classes;      // as above
+    const int64_t* labels;     // as above, of each row of `tokens`
     const float* query_scale;  // as above
     float* ab;                 // (rows, window, 2D), or (rows, window, D) when volume preserving
     int64_t rows, window, position;

@@ -15,9 +15,8 @@ from engine_cases import BlockCase, draw_case, in_torch, random_block
 from flows import random_flow, random_noise
 from torch import nn
 
-from tarflow_fast import TarFlow, native
+from tarflow_fast import MetaBlock, TarFlow, native
 from tarflow_fast.inverse import Guidance, InverseCall, invert_block
-from tarflow_fast.inverse.classes import class_rows, class_table
 from tarflow_fast.inverse.eligibility import inspect, why_not
 from tarflow_fast.inverse.engine import Engine
 from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
@@ -194,8 +193,7 @@ def net(case, precision, cuts, rows=3):
     sizes = Sizes.of(block, weights, precision)
     plan, space = Plan(sizes).pack(weights), Workspace(sizes, rows, window=max(b - a for a, b in cuts))
     tokens = case.z[:rows].flip(1) if block.flip else case.z[:rows]
-    classes = block.class_embedding(case.y[:rows])[:, 0].detach().contiguous()
-    parts = [run_pass(plan, space, tokens[:, a:b], a, classes=classes, flip=block.flip) for a, b in cuts]
+    parts = [run_pass(plan, space, tokens[:, a:b], a, labels=case.y[:rows], flip=block.flip) for a, b in cuts]
     assert sum(b - a for a, b in cuts) == T
     return torch.cat(parts, dim=1)
 
@@ -257,16 +255,35 @@ def test_a_window_may_be_run_again_with_other_values():
     assert same_bits(run_pass(plan, space, tokens[:, 8:], 8), right[:, 8:])
 
 
-def test_class_rows_are_the_embeddings_or_their_mean():
-    block = random_flow(num_classes=3).blocks[0]
-    table, y = class_table(block), torch.tensor([2, -1, 0, -7])
-    conditional, mean = block.class_embedding(y)[:, 0].detach(), block.class_embedding(None).detach()
-    assert same_bits(class_rows(table, y, 4, False), conditional)
-    assert same_bits(class_rows(table, None, 2, False), mean.expand(2, -1))
-    guided = class_rows(table, y, 4, True)
-    assert same_bits(guided[::2], conditional) and same_bits(guided[1::2], mean.expand(4, -1))
-    with pytest.raises(IndexError):  # a label past the classes is not "no label"
-        class_rows(table, torch.tensor([3]), 1, False)
+@pytest.mark.every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_class_embeddings_are_those_of_the_labels_or_their_mean(dtype):
+    """With everything else zero, h is the class embedding and proj_out, an identity, shows it."""
+    generator = torch.Generator().manual_seed(0)
+    block = MetaBlock(32, 64, 3, False, 1, head_size=16, num_classes=5)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+        block.class_embed.copy_(torch.randn(5, 1, 64, generator=generator))
+        block.proj_out.weight.copy_(torch.eye(64))
+    block.to(dtype)
+    weights, y = inspect(block), torch.tensor([4, -1, 0, -7])
+    sizes = Sizes.of(block, weights, "fp32")
+    plan, space = Plan(sizes).pack(weights), Workspace(sizes, 8)
+    wide = block.class_embed.detach().double()[:, 0]
+    mean = wide.mean(dim=0).float()
+    right = torch.stack([wide[4].float(), mean, wide[0].float(), mean])
+    tokens = torch.zeros(4, 1, 32)
+    assert same_bits(run_pass(plan, space, tokens, 0, labels=y)[:, 0], right)
+    assert same_bits(run_pass(plan, space, tokens, 0)[:, 0], mean.expand(4, -1))
+    guided = run_pass(plan, space, tokens, 0, labels=y, guided=True)[:, 0]
+    assert same_bits(guided[::2], right) and same_bits(guided[1::2], mean.expand(4, -1))
+
+
+def test_a_label_past_the_classes_is_refused():
+    block, z = random_flow(num_classes=3).blocks[0], torch.randn(2, 16, 4)
+    with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
+        Engine("fp32").invert(block, z, torch.tensor([0, 3]), Guidance())
 
 
 # ---- which engine runs ---------------------------------------------------------------------------------------------

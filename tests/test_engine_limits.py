@@ -19,7 +19,7 @@ from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-BIG = Sizes(1024, 12, 768, 8, 64, 3072, 1, 0)
+BIG = Sizes(1024, 12, 768, 8, 64, 3072, 0, 1, 0)
 
 
 # ---- refused -------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_sizes_out_of_range(field, value):
 
 
 def test_bytes_that_overflow():
-    sizes = Sizes(2**30, 2**20, 2**30, 60000, 128, 2**30, 1, 0)
+    sizes = Sizes(2**30, 2**20, 2**30, 60000, 128, 2**30, 0, 1, 0)
     assert Plan.bytes_of(sizes) == -1 and Workspace.bytes_of(sizes, 1) == -1
     assert Workspace.bytes_of(BIG, 2**30) == -1 or Workspace.bytes_of(BIG, 2**30) > 2**50
     for rows, window, threads in (

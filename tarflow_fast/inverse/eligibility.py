@@ -23,16 +23,18 @@ HEAD_SIZES = range(16, 129)
 
 
 class Weights(NamedTuple):
-    """A block the engine can take: its weights in the order of tf_plan_pack, and its sizes."""
+    """A block the engine can take: its weights in the order of tf_plan_pack, class_embed last, and its sizes."""
 
     tensors: list[Tensor | None]
+    class_embed: Tensor | None
     head_size: int
     hidden: int
     layers: int
 
-    @staticmethod
-    def name(index: int) -> str:
+    def name(self, index: int) -> str:
         """What tensor number `index` is called in the block."""
+        if index == len(self.tensors):
+            return "class_embed"
         if index < 5:
             return ("proj_in.weight", "proj_in.bias", "pos_embed", "proj_out.weight", "proj_out.bias")[index]
         layer, index = divmod(index - 5, 12)
@@ -93,15 +95,18 @@ def _inspect(block: MetaBlock, device: str) -> Weights:
         raise _Refused(f"head size {head_size} is not 16 to 128 and a divisor of {C}")
     if pos_embed.dtype not in DTYPES:
         raise _Refused(f"its parameters are {pos_embed.dtype}")
+    classes = block.class_embed
+    if classes is not None and (classes.ndim != 3 or classes.shape[1:] != (1, C)):
+        raise _Refused(f"class_embed has shape {tuple(classes.shape)}, not (classes, 1, {C})")
     parameter, dtype, layout, here = nn.Parameter, pos_embed.dtype, pos_embed.layout, f"is_{device}"
-    for tensor in (*tensors, block.class_embed):
+    for tensor in (*tensors, classes):
         if tensor is None:
             continue
         if type(tensor) is not parameter and type(tensor) is not Tensor:
             raise _Refused(f"a parameter is a {type(tensor).__name__}")
         if tensor.dtype is not dtype or tensor.layout is not layout or not getattr(tensor, here):
             raise _Refused(f"a parameter is {tensor.dtype} on {tensor.device}, pos_embed {dtype} on {device}")
-    return Weights(tensors, head_size, hidden, len(layers))
+    return Weights(tensors, classes, head_size, hidden, len(layers))
 
 
 def _children(module: nn.Module, kind: type, name: str) -> dict[str, nn.Module]:

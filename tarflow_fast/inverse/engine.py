@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import native
-from tarflow_fast.inverse.classes import class_rows, class_table
 from tarflow_fast.inverse.eligibility import Weights, inspect
 from tarflow_fast.inverse.guidance import Guidance
 from tarflow_fast.inverse.memory import available_memory, most_rows
-from tarflow_fast.inverse.plan import SPLITS, Plan, Sizes, Workspace
+from tarflow_fast.inverse.plan import BAD_LABEL, SPLITS, Plan, Sizes, Workspace
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
@@ -43,7 +42,7 @@ class _Inversion(ctypes.Structure):
     """struct tf_inversion."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "classes", "query_scale", "guidance", "clock")),
+        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "labels", "query_scale", "guidance", "clock")),
         ("batch", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("guide_a", "guide_b", "annealed", "flip", "split")),
     ]
@@ -113,8 +112,7 @@ class Engine:
 
         z32 = z.detach().resolve_neg().to(torch.float32).contiguous()  # a lazy minus sign is not in the memory read
         x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64, device="cpu")
-        table = class_table(block) if self._frozen is None else self._frozen.class_table(block)
-        classes = None if table is None else class_rows(table, y, B, guidance.active)
+        labels = None if y is None else y.to(torch.int64).contiguous()
         tempered = guidance.active and guidance.attn_temp != 1
         # read by the library as float32 on the host, whatever the process's default dtype and device are
         plain = {"dtype": torch.float32, "device": "cpu"}
@@ -123,7 +121,7 @@ class Engine:
         groups = -(-B // self._group)
         for number in range(groups):
             begin, end = B * number // groups, B * (number + 1) // groups
-            parts = [(z32, 1), (x, 1), (log_det, 1), (classes, share), (scale, share), (strength, 1)]
+            parts = [(z32, 1), (x, 1), (log_det, 1), (labels, 1), (scale, share), (strength, 1)]
             pointers = [None if part is None else native.pointer(part[begin * per :]) for part, per in parts]
             pointers.append(None if self.clock is None else native.pointer(self.clock))
             what = "a" in guidance.what, "b" in guidance.what
@@ -140,6 +138,8 @@ class Engine:
         while True:
             # returns every SECONDS: this loop is where Python sees Ctrl-C
             status = run(plan.handle, self._workspace.handle, *arguments, SECONDS, threads)
+            if status == BAD_LABEL:
+                raise ValueError(f"block_inverse: y must be below num_classes = {plan.sizes.classes}")
             native.check(status, "block_inverse")
             if on_token is not None:
                 solved = (tokens * number + stage.value // stages) // groups

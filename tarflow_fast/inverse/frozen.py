@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from tarflow_fast import native
-from tarflow_fast.inverse.classes import class_table
 from tarflow_fast.inverse.eligibility import Weights, inspect
 from tarflow_fast.inverse.plan import PRECISIONS, Plan, Sizes
 from tarflow_fast.plain import FORWARD_HOOKS
@@ -36,7 +35,6 @@ class FrozenBlocks:
             raise RuntimeError(f"freeze: there is no native CPU engine to keep weights for: {native.reason()}")
         self._found: dict[int, tuple[MetaBlock, Weights, _Seen]] = {}
         self._plans: dict[tuple[int, int], Plan] = {}  # by block and precision
-        self._tables: dict[int, Tensor | None] = {}
         self._bytes: dict[int, int] = {}  # of all plans of a precision
         for number, block in enumerate(blocks):
             weights = inspect(block)
@@ -70,12 +68,6 @@ class FrozenBlocks:
         if plan is None or not plan.usable:  # one made before a fork is not
             plan = self._plans[id(block), sizes.precision] = Plan.of(sizes).pack(weights)
         return plan
-
-    def class_table(self, block: MetaBlock) -> Tensor | None:
-        """The block's class embeddings as the engine takes them, only to be read."""
-        if id(block) not in self._tables:
-            self._tables[id(block)] = class_table(block)
-        return self._tables[id(block)]
 
     @property
     def held(self) -> int:

@@ -24,14 +24,17 @@ __all__ = ["PRECISIONS", "SPLITS", "Plan", "Sizes", "Workspace", "run_pass"]
 
 PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}  # enum tf_precision
 SPLITS = {"auto": 0, "columns": 1, "rows": 2}  # enum tf_split
-BAD_SIZE, NOT_FINITE = 5, 6  # enum tf_status
+BAD_SIZE, NOT_FINITE, BAD_LABEL = 5, 6, 7  # enum tf_status
 
 
 class Sizes(ctypes.Structure):
     """struct tf_block: what a plan and a workspace must agree on."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tokens", "token_size", "channels", "layers", "head_size", "hidden")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tokens", "token_size", "channels", "layers", "head_size", "hidden", "classes")
+        ),
         *((name, ctypes.c_int32) for name in ("scale", "precision")),
     ]
 
@@ -39,7 +42,8 @@ class Sizes(ctypes.Structure):
     def of(cls, block: MetaBlock, weights: Weights, precision: str) -> Sizes:
         T, C = block.pos_embed.shape
         D = block.proj_in.in_features
-        return cls(T, D, C, weights.layers, weights.head_size, weights.hidden, bool(block.nvp), PRECISIONS[precision])
+        classes, kind = 0 if weights.class_embed is None else len(weights.class_embed), PRECISIONS[precision]
+        return cls(T, D, C, weights.layers, weights.head_size, weights.hidden, classes, bool(block.nvp), kind)
 
     def key(self) -> tuple[int, ...]:
         return tuple(getattr(self, name) for name, _ in self._fields_)
@@ -160,7 +164,7 @@ class Plan(_Native):
         Raises:
             ValueError: a weight is NaN or infinite; named. The plan is then not usable until packed again.
         """
-        tensors = [tensor if tensor is None else tensor.contiguous() for tensor in weights.tensors]
+        tensors = [None if each is None else each.contiguous() for each in (*weights.tensors, weights.class_embed)]
         pointers = (ctypes.c_void_p * len(tensors))(*(native.pointer(tensor) for tensor in tensors))
         dtype, bad = native.DTYPES[tensors[0].dtype], ctypes.c_int64(-1)
         status = self.library.tf_plan_pack(self.handle, pointers, dtype, native.threads(), ctypes.byref(bad))
@@ -194,7 +198,7 @@ class _Pass(ctypes.Structure):
     """struct tf_pass_arguments."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("tokens", "classes", "query_scale", "ab")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "labels", "query_scale", "ab")),
         *((name, ctypes.c_int64) for name in ("rows", "window", "position")),
         *((name, ctypes.c_int32) for name in ("guided", "flip", "split")),
     ]
@@ -206,7 +210,7 @@ def run_pass(
     tokens: Tensor,
     position: int,
     *,
-    classes: Tensor | None = None,
+    labels: Tensor | None = None,
     query_scale: Tensor | None = None,
     guided: bool = False,
     flip: bool = False,
@@ -219,7 +223,7 @@ def run_pass(
 
     Args:
         tokens: (R, W, D) float32, or with guided (R / 2, W, D), each row for two rows of the pass.
-        classes: (R, C) float32 class embeddings, None for an unconditional block.
+        labels: int64, one for each row of `tokens`, negative for none; None: no labels.
         query_scale: (R,) float32, 1 over the temperature of the row's attention; None for 1.
 
     Returns:
@@ -227,7 +231,7 @@ def run_pass(
     """
     share = 2 if guided else 1
     R, W, D = tokens.size(0) * share, tokens.size(1), tokens.size(2)
-    inputs = [None if tensor is None else tensor.contiguous() for tensor in (tokens, classes, query_scale)]
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in (tokens, labels, query_scale)]
     ab = tokens.new_empty(R, W, D * (2 if plan.sizes.scale else 1))
     pointers = [native.pointer(tensor) for tensor in (*inputs, ab)]
     arguments = _Pass(*pointers, R, W, position, guided, flip, SPLITS[split])

@@ -39,6 +39,7 @@ std::vector<std::vector<float>> draw_weights(const tf_block& s) {
         add(C, 1.0f), add(C, 0.1f), add(3 * C * C, 0.1f), add(3 * C, 0.1f), add(C * C, 0.1f), add(C, 0.1f);
         add(C, 1.0f), add(C, 0.1f), add(F * C, 0.1f), add(F, 0.1f), add(C * F, 0.05f), add(C, 0.1f);
     }
+    add(s.classes * C, 0.3f);
     return tensors;
 }
 
@@ -47,7 +48,8 @@ struct Case {
     int64_t batch;
     bool guided;
     int split;
-    std::vector<float> z, classes, scale, strength;
+    std::vector<float> z, scale, strength;
+    std::vector<int64_t> labels;
     int64_t rows() const { return batch * (guided ? 2 : 1); }
 };
 
@@ -60,7 +62,7 @@ int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::ve
     std::vector<float> x(B * T * D);
     std::vector<double> log_det(B), clock(threads * TF_PARTS);
     tf_inversion in = {
-        c.z.data(), x.data(), log_det.data(), c.classes.data(), c.scale.data(), nullptr, clock.data(), B, 1, 1,
+        c.z.data(), x.data(), log_det.data(), c.labels.data(), c.scale.data(), nullptr, clock.data(), B, 1, 1,
         1,          1,        c.split};
     if (c.guided) in.guidance = c.strength.data();
     const int64_t stages = (T - 1) * (s.layers + 2);
@@ -75,7 +77,7 @@ int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::ve
             tokens.insert(tokens.end(), from, from + W * D);
         }
         const tf_pass_arguments pass = {
-            tokens.data(), c.classes.data(), c.scale.data(), ab.data(), R, W, position, c.guided, 1, c.split};
+            tokens.data(), c.labels.data(), c.scale.data(), ab.data(), R, W, position, c.guided, 1, c.split};
         CHECK(tf_pass(plan, space, &pass, threads) == TF_OK);
         result.insert(result.end(), ab.begin(), ab.end());
     }
@@ -110,7 +112,7 @@ int main(int count, char** isas) {
         if (status == TF_ISA_UNSUPPORTED) continue;
         CHECK(status == TF_OK);
         for (int precision = 0; precision < 3; ++precision)
-            for (tf_block block : {tf_block{5, 5, 128, 2, 64, 512, 1, 0}, tf_block{4, 3, 96, 1, 32, 100, 0, 0}}) {
+            for (tf_block block : {tf_block{5, 5, 128, 2, 64, 512, 3, 1, 0}, tf_block{4, 3, 96, 1, 32, 100, 0, 0, 0}}) {
                 block.precision = precision;
                 const auto tensors = draw_weights(block);
                 std::vector<const void*> weights;
@@ -118,9 +120,10 @@ int main(int count, char** isas) {
                 for (int64_t batch : {1, 2, 9})
                     for (bool guided : {false, true})
                         for (int split : {TF_SPLIT_AUTO, TF_SPLIT_COLUMNS, TF_SPLIT_ROWS}) {
-                            Case c = {block, batch, guided, split, {}, {}, {}, std::vector<float>(batch, 0.7f)};
+                            Case c = {block, batch, guided, split, {}, {}, std::vector<float>(batch, 0.7f), {}};
                             c.z = draw(batch * block.tokens * block.token_size, 1.0f);
-                            c.classes = draw(c.rows() * block.channels, 0.3f), c.scale = draw(c.rows(), 1.0f);
+                            c.scale = draw(c.rows(), 1.0f);
+                            for (int64_t b = 0; b < batch; ++b) c.labels.push_back(b % 4 - 1);
                             if (check(c, weights)) return 1;
                             ++cases;
                         }

@@ -53,7 +53,7 @@ void run_stage(const Job& job, const Pass& p, int64_t stage) {
     const int64_t stages = p.plan.shape.L + 2, number = stage % stages;
     const Shape& s = p.plan.shape;
     if (number == 0) {
-        const Tokens tokens = {job.x(0, p.position), s.T * s.D, 0, job.share};
+        const Tokens tokens = {job.x(0, p.position), s.T * s.D, 0, job.share, job.in.labels};
         Stages<P>::embed(p, tokens);
     } else if (number <= s.L) {
         Stages<P>::layer(p, number - 1);
@@ -113,8 +113,8 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
                   if (by_parts && begin % stages) memcpy(h, job.space.h, h_bytes);
                   int64_t checks = 0;
                   for (int64_t at = begin; at < stop; ++at) {
-                      const Pass p = {job.plan,   job.space,      team,         scratch,  rows, 1,     at / stages,
-                                      in.classes, in.query_scale, in.flip != 0, by_parts, h,    &clock};
+                      const Pass p = {job.plan,    job.space,      team,         scratch,  rows, 1,
+                                      at / stages, in.query_scale, in.flip != 0, by_parts, h,    &clock};
                       // Decided before the stage's own meetings, hence known to all after them.
                       const bool check = !by_rows && !(by_parts && at % stages == 0);
                       int64_t* flag = &late[(checks += check) & 1];
@@ -144,6 +144,8 @@ int invert(const tf_plan* plan_handle, tf_workspace* workspace, const tf_inversi
     const int64_t end = (s.T - 1) * (s.L + 2);
     if (in->batch < 1 || !fits(plan.shape, space, in->batch * job.share, 1) || *stage < 0 || *stage > end)
         return TF_BAD_SIZE;
+    for (int64_t b = 0; in->labels && b < in->batch; ++b)
+        if (s.N && in->labels[b] >= s.N) return TF_BAD_LABEL;
     if (threads > space.threads) threads = space.threads;
     if (*stage == 0)
         for (int64_t b = 0; b < in->batch; ++b) {

@@ -12,12 +12,18 @@
 namespace tf::TF_ISA {
 namespace {
 
-// The tokens a pass starts from: rows of D floats; `share` engine rows (2 under guidance) read one row of them.
+// The tokens a pass starts from: rows of D floats; `share` engine rows (2 under guidance) read one row of them, the
+// first with its label, the second without.
 struct Tokens {
     const float* base;
     int64_t row_stride, token_stride, share;
+    const int64_t* labels;  // of each row, negative for none; nullptr: none
 
     const float* at(int64_t row, int64_t token) const { return base + row / share * row_stride + token * token_stride; }
+    const float* class_embedding(const Plan& plan, int64_t row) const {
+        const int64_t label = labels && row % share == 0 ? labels[row / share] : -1;
+        return plan.classes + (label < 0 ? 0 : 1 + label) * plan.shape.C;
+    }
 };
 
 struct Pass {
@@ -28,7 +34,6 @@ struct Pass {
     Range rows;                // engine rows of this team
     int64_t window;            // tokens a row, W
     int64_t position;          // of the first of them, in net order
-    const float* classes;      // [R][C], nullptr without classes
     const float* query_scale;  // [R]: 1 over the temperature of the row; nullptr for 1
     bool flip;
     // Threads share the sums over the inputs of proj and fc2 rather than their columns: each multiplies what it has
@@ -111,7 +116,7 @@ struct Stages {
                 const int64_t row = p.row_of(m), at = p.position + m - row * p.window;
                 const float* pos = p.plan.pos + (p.flip ? s.T - 1 - at : at) * s.C;
                 y += load_part(pos + c, n);
-                if (p.classes) y += load_part(p.classes + row * s.C + c, n);
+                if (s.N) y += load_part(tokens.class_embedding(p.plan, row) + c, n);
                 float* h = p.h + m * stride(s.C) + c;
                 n == W ? store(h, y) : store(h, y, n);
             });

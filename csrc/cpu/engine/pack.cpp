@@ -243,6 +243,18 @@ int64_t pack_vector(const Source& source, float missing, int64_t n, float* y) {
     return -1;
 }
 
+// The mean of n rows of C floats.
+void mean_of_rows(const float* rows, int64_t n, int64_t C, float* mean) {
+    constexpr int64_t SOME = 64;
+    for (int64_t begin = 0; begin < C; begin += SOME) {
+        const int64_t count = C - begin < SOME ? C - begin : SOME;
+        double sums[SOME] = {};
+        for (int64_t row = 0; row < n; ++row)
+            for (int64_t c = 0; c < count; ++c) sums[c] += double(rows[row * C + begin + c]);
+        for (int64_t c = 0; c < count; ++c) mean[begin + c] = float(sums[c] / double(n));
+    }
+}
+
 }  // namespace
 
 int test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K,
@@ -293,7 +305,7 @@ int test_matmul(const float* x, const float* w, const float* bias, float* y, int
 }
 
 // Tensors, in this order: proj_in weight and bias, pos_embed, proj_out weight and bias, then for each layer norm weight
-// and bias, qkv, proj, norm, fc1, fc2 likewise.
+// and bias, qkv, proj, norm, fc1, fc2 likewise; class_embed.
 int plan_pack(tf_plan* handle, const void* const* tensors, int dtype, int threads, int64_t* bad) {
     const Plan& plan = *reinterpret_cast<Plan*>(handle);
     const Shape& s = plan.shape;
@@ -327,6 +339,11 @@ int plan_pack(tf_plan* handle, const void* const* tensors, int dtype, int thread
         note(pack_vector(source(at + 1), 0.0f, s.C, plan.layers[l].norm1.shift));
         note(pack_vector(source(at + 6), 1.0f, s.C, plan.layers[l].norm2.gain));
         note(pack_vector(source(at + 7), 0.0f, s.C, plan.layers[l].norm2.shift));
+    }
+    if (s.N) {
+        float* embeddings = plan.classes + s.C;
+        note(pack_vector(source(FIRST + LAYER * s.L), 0.0f, s.N * s.C, embeddings));
+        mean_of_rows(embeddings, s.N, s.C, plan.classes);
     }
     // Items are the panels of one layer; the ends count as a layer of their own. An item finds its matrix by counting.
     const int64_t qkv = s.groups * s.group_panels, proj = panels(s.C), fc1 = panels(s.F), fc2 = panels(s.C);

@@ -7,17 +7,24 @@ template <class P>
 void run_pass(const Plan& plan, Workspace& space, const tf_pass_arguments& job, int threads) {
     const Shape& s = plan.shape;
     const int64_t share = job.guided ? 2 : 1, source_rows = job.rows / share;
-    const Tokens tokens = {job.tokens, job.window * s.D, s.D, share};
+    const Tokens tokens = {job.tokens, job.window * s.D, s.D, share, job.labels};
     const bool by_rows = rows_over_threads(plan, job.rows * job.window, source_rows, threads, job.split);
     run_teams(useful_threads(plan, threads, by_rows), by_rows, source_rows, share,
               [&](Team team, int thread, Range rows) {
                   Clock clock(nullptr);
                   const Scratch& scratch = space.scratch[thread];
                   const bool by_parts = share_sums(plan, team, rows.size() * job.window);
-                  const Pass p = {plan,          space,       team,
-                                  scratch,       rows,        job.window,
-                                  job.position,  job.classes, job.query_scale,
-                                  job.flip != 0, by_parts,    by_parts ? scratch.h : space.h,
+                  const Pass p = {plan,
+                                  space,
+                                  team,
+                                  scratch,
+                                  rows,
+                                  job.window,
+                                  job.position,
+                                  job.query_scale,
+                                  job.flip != 0,
+                                  by_parts,
+                                  by_parts ? scratch.h : space.h,
                                   &clock};
                   Stages<P>::embed(p, tokens);
                   for (int64_t l = 0; l < s.L; ++l) Stages<P>::layer(p, l);
@@ -38,6 +45,8 @@ int pass(const tf_plan* plan_handle, tf_workspace* workspace, const tf_pass_argu
         job->position + job->window > plan.shape.T)
         return TF_BAD_SIZE;
     if (job->rows < 1 || job->window < 1 || (job->guided && job->rows % 2)) return TF_BAD_SIZE;
+    for (int64_t row = 0; job->labels && row < job->rows / (job->guided ? 2 : 1); ++row)
+        if (plan.shape.N && job->labels[row] >= plan.shape.N) return TF_BAD_LABEL;
     if (threads > space.threads) threads = space.threads;
     switch (plan.shape.precision) {
         case TF_PRECISION_FP32:

@@ -20,7 +20,8 @@ struct Plan {
     Shape shape;
     Matrix in, out;
     Layer* layers;
-    float* pos;  // [T][C]
+    float* pos;      // [T][C]
+    float* classes;  // [1 + N][C]: the mean of the class embeddings, then these; nullptr without classes
     void* memory;
     int64_t header, bytes;  // what describes the plan, at the start of its memory; all of it
 };

@@ -17,10 +17,11 @@ bool make_shape(const tf_block& b, Shape* s) {
     const int64_t sizes[] = {b.tokens, b.token_size, b.channels, b.layers, b.head_size, b.hidden};
     for (int64_t size : sizes)
         if (size < 1 || size >= most) return false;
+    if (b.classes < 0 || b.classes >= most) return false;
     if (b.layers > 65536 || b.head_size > b.channels || b.channels % b.head_size) return false;
     if (b.precision < TF_PRECISION_FP32 || b.precision > TF_PRECISION_INT8) return false;
     s->T = b.tokens, s->D = b.token_size, s->C = b.channels, s->L = b.layers, s->E = b.head_size, s->F = b.hidden;
-    s->scale = b.scale != 0, s->precision = b.precision;
+    s->N = b.classes, s->scale = b.scale != 0, s->precision = b.precision;
     s->H = s->C / s->E;
     s->Ep = round_up(s->E, 16);
     s->Tp = round_up(s->T, KEYS);

@@ -79,6 +79,7 @@ struct Arena {
 // What tf_block says, and what follows from it.
 struct Shape {
     int64_t T, D, C, L, E, F;
+    int64_t N;      // classes
     int64_t H;      // heads
     int64_t Ep;     // head size as stored, a multiple of 16
     int64_t out;    // columns of proj_out: 2 D, or D when volume preserving
