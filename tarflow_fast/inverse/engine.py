@@ -122,7 +122,9 @@ class Engine:
         for number in range(groups):
             begin, end = B * number // groups, B * (number + 1) // groups
             parts = [(z32, 1), (x, 1), (log_det, 1), (labels, 1), (scale, share), (strength, 1)]
-            pointers = [None if part is None else native.pointer(part[begin * per :]) for part, per in parts]
+            if begin:
+                parts = [(None if part is None else part[begin * per :], per) for part, per in parts]
+            pointers = [native.pointer(part) for part, _ in parts]
             pointers.append(None if self.clock is None else native.pointer(self.clock))
             what = "a" in guidance.what, "b" in guidance.what
             job = _Inversion(*pointers, end - begin, *what, guidance.annealed, block.flip, self.split)
