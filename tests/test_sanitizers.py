@@ -85,10 +85,12 @@ def without(folder, file, text):
 
 @pytest.mark.parametrize("file", ["layer.h", "invert.cpp"])
 def test_one_meeting_less_is_a_race(build, tmp_path, file):
-    """That the test before this one would see it."""
+    """That the test before this one would see it: the sanitizer, or, where other programs hold up the threads and it
+    has forgotten the other access by then, the bits that differ."""
     program = build(THREADS, {"baseline": []}, without(tmp_path, file, "p.meet();"))
     done = run([program, "baseline"], TSAN_OPTIONS="halt_on_error=1")
-    assert done.returncode and "WARNING: ThreadSanitizer: data race" in done.stderr
+    seen = "WARNING: ThreadSanitizer: data race" in done.stderr or "memcmp" in done.stdout
+    assert done.returncode and seen, done.stdout + done.stderr[-5000:]
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
