@@ -284,6 +284,25 @@ def test_a_label_past_the_classes_is_refused():
     block, z = random_flow(num_classes=3).blocks[0], torch.randn(2, 16, 4)
     with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
         Engine("fp32").invert(block, z, torch.tensor([0, 3]), Guidance())
+    many, y = torch.randn(600, 16, 4), torch.zeros(600, dtype=torch.int64)  # more than one group of rows
+    y[-1] = 3
+    with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
+        Engine("fp32").invert(block, many, y, Guidance())
+    with pytest.raises(ValueError, match=r"^block_inverse: y must be int64 on cpu, got torch.float32 on cpu$"):
+        invert_block(block, z, torch.tensor([0.0, 1.0]), Guidance())
+
+
+def test_labels_are_read_once(monkeypatch):
+    """Another thread may write the caller's while the engine runs: it then neither mixes nor reads past the table."""
+    block, z, y = random_flow(num_classes=3).blocks[0], torch.randn(3, 16, 4), torch.tensor([0, 1, 2])
+    right, run_native = Engine("fp32").invert(block, z, y, Guidance())[0], Engine._run
+
+    def scribble(*arguments):
+        y.fill_(1 << 40)
+        return run_native(*arguments)
+
+    monkeypatch.setattr(Engine, "_run", scribble)
+    assert same_bits(Engine("fp32").invert(block, z, y, Guidance())[0], right)
 
 
 # ---- which engine runs ---------------------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ class Engine:
 
         z32 = z.detach().resolve_neg().to(torch.float32).contiguous()  # a lazy minus sign is not in the memory read
         x, log_det = torch.empty_like(z32), torch.empty(B, dtype=torch.float64, device="cpu")
-        labels = None if y is None else y.to(torch.int64).contiguous()
+        # a copy: they are checked before they are read, and another thread may write the caller's meanwhile
+        labels = None if y is None else y.to(torch.int64, copy=True).contiguous()
         tempered = guidance.active and guidance.attn_temp != 1
         # read by the library as float32 on the host, whatever the process's default dtype and device are
         plain = {"dtype": torch.float32, "device": "cpu"}

@@ -48,8 +48,8 @@ class FrozenBlocks:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    def weights(self, block: MetaBlock) -> Weights:
-        """What `inspect(block)` found.
+    def weights(self, block: MetaBlock, where: str = "reverse") -> Weights:
+        """What `inspect(block)` found. where: the function called, for the message.
 
         Raises:
             RuntimeError: it is another block, or what `_Seen` looks at has changed.
@@ -58,7 +58,7 @@ class FrozenBlocks:
         change = "a block was replaced" if seen is None else seen.change()
         if change:
             raise RuntimeError(
-                f"reverse: the model was changed after freeze(): {change}; call freeze() again, or unfreeze()"
+                f"{where}: the model was changed after freeze(): {change}; call freeze() again, or unfreeze()"
             )
         return weights
 

@@ -241,5 +241,7 @@ def run_pass(
             f"run_pass: {R} rows of {W} tokens from {position} on do not fit a workspace of {workspace.rows} rows of "
             f"{workspace.window} and {plan.sizes.tokens} tokens, or plan and workspace are of different sizes"
         )
+    if status == BAD_LABEL:
+        raise ValueError(f"run_pass: labels must be below {plan.sizes.classes}")
     native.check(status, "run_pass")
     return ab

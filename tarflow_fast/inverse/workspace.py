@@ -49,7 +49,7 @@ class InverseCall:
         if memory_limit is not None:
             memory_limit = check_positive_int(where, "memory_limit", memory_limit)
         self.backend, self.precision, self.differentiable = backend, precision, differentiable
-        self.memory_limit, self.blocks, self.frozen = memory_limit, blocks, frozen
+        self.memory_limit, self.blocks, self.frozen, self.where = memory_limit, blocks, frozen, where
         self.paths: dict[int, InversePath] | None = None  # of `blocks` still to come, by id; None: not looked at yet
         self.told = False  # whether it was said that a block is left to PyTorch
         self._kv_cache: KVCache | None = None
@@ -67,6 +67,7 @@ class InverseCall:
         """The call is over. Not left to __del__: Python drops a Ctrl-C that comes inside one."""
         if self._engine is not None:
             self._engine.close()
+        self.graph = self._kv_cache = None
 
     def name_of(self, block: nn.Module) -> str:
         """What a message calls the block."""

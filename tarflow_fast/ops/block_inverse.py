@@ -62,7 +62,8 @@ def block_inverse(
 
     Raises:
         RuntimeError: a backend or a precision asked for by name cannot run; the reason is named.
-        ValueError: weights that are not finite (native engine), sizes that overflow.
+        ValueError: z or y of the wrong shape, y of the wrong dtype or device; weights that are not finite, labels not
+            below num_classes (native engine), sizes that overflow.
         MemoryError: one row alone needs more than the memory limit.
     """
     T, D = block.pos_embed.size(0), block.proj_in.in_features  # what the engines read, whatever z is
@@ -70,6 +71,8 @@ def block_inverse(
         raise ValueError(f"block_inverse: z must have shape (B, {T}, {D}), got {tuple(z.shape)}")
     if y is not None and y.shape != z.shape[:1]:
         raise ValueError(f"block_inverse: y must have shape ({len(z)},), one label a row, got {tuple(y.shape)}")
+    if y is not None and (y.dtype != torch.int64 or y.device != z.device):
+        raise ValueError(f"block_inverse: y must be int64 on {z.device}, got {y.dtype} on {y.device}")
     path = _path_in_call(block, z, call)
     if path.backend == "cpu":
         return _invert_cpu(block, z, y, guidance, call, on_token, path.weights)
@@ -137,7 +140,7 @@ def find_path(block: MetaBlock, z: Tensor, call: InverseCall) -> InversePath:
     objection = call_reason(z, call)
     if not objection:
         if first == "cpu":
-            found = inspect(block) if call.frozen is None else call.frozen.weights(block)
+            found = inspect(block) if call.frozen is None else call.frozen.weights(block, call.where)
         else:
             found = why_not_graph(block, z, call.precision)
         if isinstance(found, Weights):
