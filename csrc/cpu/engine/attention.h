@@ -73,10 +73,12 @@ inline void store_value(float* values, int64_t Ep, int64_t e, int64_t t, vf valu
 
 inline void store_value(bf16* values, int64_t Ep, int64_t e, int64_t t, vf value) {
     bf16* at = values + (t & ~int64_t(1)) * Ep + 2 * e;
-    const vu h = __builtin_convertvector(narrow_operand(value), vu);
-    vu pair;
-    memcpy(&pair, at, sizeof pair);
-    pair = t % 2 ? (pair & 0xffffu) | h << 16 : h;
+    vu pair = __builtin_convertvector(narrow_operand(value), vu);
+    if (t % 2) {  // else nothing is read, which would wait for the cache
+        vu even;
+        memcpy(&even, at, sizeof even);
+        pair = (even & 0xffffu) | pair << 16;
+    }
     memcpy(at, &pair, sizeof pair);
 }
 
