@@ -83,9 +83,12 @@ struct Stages {
     template <class F>
     static void each(const Tile& tile, int64_t width, F f) {
         const int64_t first = tile.panel * PANEL, end = width - first < PANEL ? width - first : PANEL;
-        for (int64_t r = 0; r < tile.rows; ++r)
-            for (int64_t c = 0; c < end; c += W)
-                f(load(tile.y + r * PANEL + c), tile.row + r, first + c, end - c < W ? int(end - c) : W);
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const float* y = tile.y + r * PANEL;
+            int64_t c = 0;
+            for (; c + W <= end; c += W) f(load(y + c), tile.row + r, first + c, W);
+            if (c < end) f(load(y + c), tile.row + r, first + c, int(end - c));
+        }
     }
 
     static Operand* normalised(const Pass& p, const Norm& norm, int64_t begin, int64_t end) {
