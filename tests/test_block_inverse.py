@@ -260,19 +260,19 @@ def test_a_window_may_be_run_again_with_other_values():
 def test_class_embeddings_are_those_of_the_labels_or_their_mean(dtype):
     """With everything else zero, h is the class embedding and proj_out, an identity, shows it."""
     generator = torch.Generator().manual_seed(0)
-    block = MetaBlock(32, 64, 3, False, 1, head_size=16, num_classes=5)
+    block = MetaBlock(32, 64, 3, False, 1, head_size=16, num_classes=20)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.zero_()
-        block.class_embed.copy_(torch.randn(5, 1, 64, generator=generator))
+        block.class_embed.copy_(torch.randn(20, 1, 64, generator=generator))
         block.proj_out.weight.copy_(torch.eye(64))
     block.to(dtype)
     weights, y = inspect(block), torch.tensor([4, -1, 0, -7])
     sizes = Sizes.of(block, weights, "fp32")
     plan, space = Plan(sizes).pack(weights), Workspace(sizes, 8)
-    wide = block.class_embed.detach().double()[:, 0]
-    mean = wide.mean(dim=0).float()
-    right = torch.stack([wide[4].float(), mean, wide[0].float(), mean])
+    embeddings = block.class_embed.detach().float()[:, 0]
+    mean = embeddings.mean(dim=0)
+    right = torch.stack([embeddings[4], mean, embeddings[0], mean])
     tokens = torch.zeros(4, 1, 32)
     assert same_bits(run_pass(plan, space, tokens, 0, labels=y)[:, 0], right)
     assert same_bits(run_pass(plan, space, tokens, 0)[:, 0], mean.expand(4, -1))

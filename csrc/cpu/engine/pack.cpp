@@ -243,15 +243,19 @@ int64_t pack_vector(const Source& source, float missing, int64_t n, float* y) {
     return -1;
 }
 
-// The mean of n rows of C floats.
+// The mean of n rows of C floats, summed as PyTorch does, whose numbers these are for few rows: 16 rows, then their sums.
 void mean_of_rows(const float* rows, int64_t n, int64_t C, float* mean) {
-    constexpr int64_t SOME = 64;
+    constexpr int64_t SOME = 64, TOGETHER = 16;
     for (int64_t begin = 0; begin < C; begin += SOME) {
         const int64_t count = C - begin < SOME ? C - begin : SOME;
-        double sums[SOME] = {};
-        for (int64_t row = 0; row < n; ++row)
-            for (int64_t c = 0; c < count; ++c) sums[c] += double(rows[row * C + begin + c]);
-        for (int64_t c = 0; c < count; ++c) mean[begin + c] = float(sums[c] / double(n));
+        float sums[SOME] = {};
+        for (int64_t row = 0; row < n; row += TOGETHER) {
+            float some[SOME] = {};
+            for (int64_t r = row; r < n && r < row + TOGETHER; ++r)
+                for (int64_t c = 0; c < count; ++c) some[c] += rows[r * C + begin + c];
+            for (int64_t c = 0; c < count; ++c) sums[c] += some[c];
+        }
+        for (int64_t c = 0; c < count; ++c) mean[begin + c] = sums[c] / float(n);
     }
 }
 
