@@ -11,6 +11,7 @@ import torch
 
 from tarflow_fast.block import MetaBlock
 from tarflow_fast.inverse import Guidance, KVCache
+from tarflow_fast.inverse.engine import Engine
 from tarflow_fast.inverse.sequential import invert_sequential
 
 
@@ -62,6 +63,20 @@ def draw_case(seed):
     weight = choose.choice((0.0, 0.0, 0.5, 2.0))
     guidance = Guidance(weight, choose.choice(("a", "b", "ab")), choose.choice((1.0, 0.7, 1.5)), choose.random() < 0.5)
     return BlockCase(block, torch.randn(B, T, D, generator=generator), y, guidance)
+
+
+def run(case, precision="fp32", **options):
+    block, z, y, guidance = case
+    return Engine(precision, **options).invert(block, z, y, guidance)
+
+
+def small_case(seed=0, B=5, **sizes):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = dict(token_size=6, channels=128, num_tokens=21, num_layers=2, num_classes=3, flip=True) | sizes
+    block = random_block(generator, **sizes)
+    z = torch.randn(B, sizes["num_tokens"], sizes["token_size"], generator=generator)
+    y = torch.arange(B) % 4 - 1 if sizes["num_classes"] else None
+    return BlockCase(block, z, y, Guidance(1.5, "ab", 0.8, True))
 
 
 @torch.no_grad()

@@ -11,35 +11,21 @@ from contextlib import nullcontext
 import pytest
 import torch
 from compare import assert_accurate, same_bits
-from engine_cases import BlockCase, draw_case, in_torch, random_block
+from engine_cases import draw_case, in_torch, run, small_case
 from flows import random_flow, random_noise
 from torch import nn
 
-from tarflow_fast import MetaBlock, TarFlow, native
+from tarflow_fast import TarFlow, native
 from tarflow_fast.inverse import Guidance, InverseCall, invert_block
 from tarflow_fast.inverse.eligibility import inspect, why_not
 from tarflow_fast.inverse.engine import Engine
-from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
+from tarflow_fast.inverse.plan import Plan, Sizes, Workspace
 from tarflow_fast.ops import explain
 from tarflow_fast.verify import error_and_bound
 
 SWEEP = int(os.environ.get("TARFLOW_SWEEP", 12))
 PRECISIONS = ("fp32", "bf16", "int8")
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
-
-
-def run(case, precision="fp32", **options):
-    block, z, y, guidance = case
-    return Engine(precision, **options).invert(block, z, y, guidance)
-
-
-def small_case(seed=0, B=5, **sizes):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = dict(token_size=6, channels=128, num_tokens=21, num_layers=2, num_classes=3, flip=True) | sizes
-    block = random_block(generator, **sizes)
-    z = torch.randn(B, sizes["num_tokens"], sizes["token_size"], generator=generator)
-    y = torch.arange(B) % 4 - 1 if sizes["num_classes"] else None
-    return BlockCase(block, z, y, Guidance(1.5, "ab", 0.8, True))
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------
@@ -181,128 +167,6 @@ def test_the_first_run_in_a_used_workspace_finds_nothing_of_the_last():
     case, engine = small_case(), Engine("fp32")
     engine.invert(case.block, torch.full_like(case.z, torch.nan), case.y, case.guidance)
     assert same_bits(engine.invert(*case)[0], run(case)[0])
-
-
-# ---- windows -------------------------------------------------------------------------------------------------------
-
-
-def net(case, precision, cuts, rows=3):
-    """ab of every token of `rows` rows, the sequence cut into passes at `cuts`."""
-    block, T = case.block, case.z.size(1)
-    weights = inspect(block)
-    sizes = Sizes.of(block, weights, precision)
-    plan, space = Plan(sizes).pack(weights), Workspace(sizes, rows, window=max(b - a for a, b in cuts))
-    tokens = case.z[:rows].flip(1) if block.flip else case.z[:rows]
-    parts = [run_pass(plan, space, tokens[:, a:b], a, labels=case.y[:rows], flip=block.flip) for a, b in cuts]
-    assert sum(b - a for a, b in cuts) == T
-    return torch.cat(parts, dim=1)
-
-
-@pytest.mark.every_isa
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("channels, head_size", [(128, 64), (96, 24)])
-def test_windows_have_the_bits_of_single_tokens(precision, channels, head_size):
-    case = small_case(num_tokens=70, channels=channels, head_size=head_size)
-    single = net(case, precision, [(t, t + 1) for t in range(70)])
-    for cuts in ([(0, 70)], [(0, 3), (3, 40), (40, 41), (41, 70)], [(t, t + 10) for t in range(0, 70, 10)]):
-        assert same_bits(net(case, precision, cuts), single), cuts
-
-
-@pytest.mark.every_isa
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_windows_of_few_rows_have_the_same_bits_on_any_number_of_threads(precision, threads):
-    case = small_case(num_tokens=12, channels=256)
-    for rows, cuts in ((1, [(t, t + 1) for t in range(12)]), (1, [(0, 2), (2, 4), (4, 12)]), (2, [(0, 1), (1, 12)])):
-        threads(1)
-        single = net(case, precision, cuts, rows)
-        for number in (2, 3, 4):
-            threads(number)
-            assert same_bits(net(case, precision, cuts, rows), single), (rows, cuts, number)
-
-
-@pytest.mark.every_isa
-def test_one_window_is_the_forward_net():
-    case = small_case(num_tokens=70)
-    block, tokens = copy.deepcopy(case.block).double(), case.z[:3].double().flip(1)
-    with torch.no_grad():
-        h = block.embed(tokens, block.pos_embed.flip(0), block.class_embedding(case.y[:3]))
-        for layer in block.attn_blocks:
-            h = layer(h)
-        truth = block.proj_out(h)
-    assert (net(case, "fp32", [(0, 70)]) - truth).abs().max() < 2e-6
-
-
-@pytest.mark.every_isa
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_later_tokens_of_a_window_cannot_touch_earlier_ones(precision):
-    case = small_case(num_tokens=40)
-    clean = net(case, precision, [(0, 40)])
-    for last in (0, 15, 16, 30):
-        z = case.z.clone()
-        z[:, : 40 - last - 1] = torch.nan  # flipped: the tokens after `last`
-        assert same_bits(net(case._replace(z=z), precision, [(0, 40)])[:, : last + 1], clean[:, : last + 1])
-
-
-def test_a_window_may_be_run_again_with_other_values():
-    case = small_case()
-    weights = inspect(case.block)
-    sizes = Sizes.of(case.block, weights, "fp32")
-    plan, space = Plan(sizes).pack(weights), Workspace(sizes, 3, window=21)
-    tokens = case.z[:3].contiguous()
-    right = run_pass(plan, space, tokens, 0)
-    run_pass(plan, space, tokens[:, :8] * torch.nan, 0)
-    run_pass(plan, space, tokens[:, :8], 0)
-    assert same_bits(run_pass(plan, space, tokens[:, 8:], 8), right[:, 8:])
-
-
-@pytest.mark.every_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_class_embeddings_are_those_of_the_labels_or_their_mean(dtype):
-    """With everything else zero, h is the class embedding and proj_out, an identity, shows it."""
-    generator = torch.Generator().manual_seed(0)
-    block = MetaBlock(32, 64, 3, False, 1, head_size=16, num_classes=20)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.zero_()
-        block.class_embed.copy_(torch.randn(20, 1, 64, generator=generator))
-        block.proj_out.weight.copy_(torch.eye(64))
-    block.to(dtype)
-    weights, y = inspect(block), torch.tensor([4, -1, 0, -7])
-    sizes = Sizes.of(block, weights, "fp32")
-    plan, space = Plan(sizes).pack(weights), Workspace(sizes, 8)
-    embeddings = block.class_embed.detach().float()[:, 0]
-    mean = embeddings.mean(dim=0)
-    right = torch.stack([embeddings[4], mean, embeddings[0], mean])
-    tokens = torch.zeros(4, 1, 32)
-    assert same_bits(run_pass(plan, space, tokens, 0, labels=y)[:, 0], right)
-    assert same_bits(run_pass(plan, space, tokens, 0)[:, 0], mean.expand(4, -1))
-    guided = run_pass(plan, space, tokens, 0, labels=y, guided=True)[:, 0]
-    assert same_bits(guided[::2], right) and same_bits(guided[1::2], mean.expand(4, -1))
-
-
-def test_a_label_past_the_classes_is_refused():
-    block, z = random_flow(num_classes=3).blocks[0], torch.randn(2, 16, 4)
-    with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
-        Engine("fp32").invert(block, z, torch.tensor([0, 3]), Guidance())
-    many, y = torch.randn(600, 16, 4), torch.zeros(600, dtype=torch.int64)  # more than one group of rows
-    y[-1] = 3
-    with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
-        Engine("fp32").invert(block, many, y, Guidance())
-    with pytest.raises(ValueError, match=r"^block_inverse: y must be int64 on cpu, got torch.float32 on cpu$"):
-        invert_block(block, z, torch.tensor([0.0, 1.0]), Guidance())
-
-
-def test_labels_are_read_once(monkeypatch):
-    """Another thread may write the caller's while the engine runs: it then neither mixes nor reads past the table."""
-    block, z, y = random_flow(num_classes=3).blocks[0], torch.randn(3, 16, 4), torch.tensor([0, 1, 2])
-    right, run_native = Engine("fp32").invert(block, z, y, Guidance())[0], Engine._run
-
-    def scribble(*arguments):
-        y.fill_(1 << 40)
-        return run_native(*arguments)
-
-    monkeypatch.setattr(Engine, "_run", scribble)
-    assert same_bits(Engine("fp32").invert(block, z, y, Guidance())[0], right)
 
 
 # ---- which engine runs ---------------------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ import time
 import pytest
 import torch
 from compare import same_bits
-from engine_cases import run_python
-from test_block_inverse import run, small_case
+from engine_cases import run, run_python, small_case
 
 from tarflow_fast import TarFlow, native
 from tarflow_fast.inverse.eligibility import inspect

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 from compare import same_bits
-from engine_cases import run_python
+from engine_cases import run, run_python, small_case
 from flows import random_flow, random_noise
-from test_block_inverse import run, small_case
 
 from tarflow_fast import native
 from tarflow_fast.inverse import engine as engine_module

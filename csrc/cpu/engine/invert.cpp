@@ -144,8 +144,7 @@ int invert(const tf_plan* plan_handle, tf_workspace* workspace, const tf_inversi
     const int64_t end = (s.T - 1) * (s.L + 2);
     if (in->batch < 1 || !fits(plan.shape, space, in->batch * job.share, 1) || *stage < 0 || *stage > end)
         return TF_BAD_SIZE;
-    for (int64_t b = 0; in->labels && b < in->batch; ++b)
-        if (s.N && in->labels[b] >= s.N) return TF_BAD_LABEL;
+    if (!are_labels(s, in->labels, in->batch)) return TF_BAD_LABEL;
     if (threads > space.threads) threads = space.threads;
     if (*stage == 0)
         for (int64_t b = 0; b < in->batch; ++b) {

@@ -26,6 +26,13 @@ struct Tokens {
     }
 };
 
+// Whether labels of n rows are below the number of classes, as far as there are any.
+inline bool are_labels(const Shape& s, const int64_t* labels, int64_t n) {
+    for (int64_t row = 0; labels && s.N && row < n; ++row)
+        if (labels[row] >= s.N) return false;
+    return true;
+}
+
 struct Pass {
     const Plan& plan;
     Workspace& space;

@@ -45,8 +45,7 @@ int pass(const tf_plan* plan_handle, tf_workspace* workspace, const tf_pass_argu
         job->position + job->window > plan.shape.T)
         return TF_BAD_SIZE;
     if (job->rows < 1 || job->window < 1 || (job->guided && job->rows % 2)) return TF_BAD_SIZE;
-    for (int64_t row = 0; job->labels && row < job->rows / (job->guided ? 2 : 1); ++row)
-        if (plan.shape.N && job->labels[row] >= plan.shape.N) return TF_BAD_LABEL;
+    if (!are_labels(plan.shape, job->labels, job->rows / (job->guided ? 2 : 1))) return TF_BAD_LABEL;
     if (threads > space.threads) threads = space.threads;
     switch (plan.shape.precision) {
         case TF_PRECISION_FP32:
