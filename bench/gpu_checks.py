@@ -15,9 +15,11 @@ from compare import same_bits
 from flows import random_flow, random_images, random_noise, twin
 
 from tarflow_fast import native, native_cuda
-from tarflow_fast.inverse import Guidance
-from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph
+from tarflow_fast.engines.triton import invert_graph
+from tarflow_fast.engines.triton_graph import GraphWorkspace
+from tarflow_fast.engines.weights import inspect
 from tarflow_fast.ops.registry import OPS
+from tarflow_fast.transforms import Guidance
 from tarflow_fast.verify import error_and_bound, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,14 +149,14 @@ def equal_bits(record, device, dtype, runs, tiny=False):
     model = random_flow(**size).to(device)
     block, z = model.blocks[0], random_noise(model, 3).to(device)
     guidance = Guidance(0.0 if tiny else 1.0, attn_temp=0.7)
-    workspace = GraphWorkspace(block, 3, guidance.active, dtype)
+    workspace = GraphWorkspace(inspect(block), 3, guidance.active, dtype)
     workspace.prepare()
-    first, log_det = invert_graph(block, z, None, guidance, workspace)
+    first, log_det = invert_graph(block.bijection, z, None, guidance, workspace)
     if torch.device(device).type == "cuda":
         record.check(f"a CUDA graph was captured, {dtype}", workspace.graph is not None)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            invert_graph(block, z, None, guidance, workspace)
+            invert_graph(block.bijection, z, None, guidance, workspace)
             record.check(f"the host waits for nothing inside a block, {dtype}", True)
         except RuntimeError as error:
             record.check(f"the host waits for nothing inside a block, {dtype}", False, str(error).splitlines()[0])
@@ -162,26 +164,28 @@ def equal_bits(record, device, dtype, runs, tiny=False):
             torch.cuda.set_sync_debug_mode("default")
     begun, different = time.monotonic(), torch.zeros((), dtype=torch.long, device=device)
     for done in range(1, runs):
-        x, its_log_det = invert_graph(block, z, None, guidance, workspace)
+        x, its_log_det = invert_graph(block.bijection, z, None, guidance, workspace)
         different += (x.view(torch.int32) != first.view(torch.int32)).any() | (its_log_det != log_det).any()
         if done % 50 == 0 and time.monotonic() - begun > 60:  # the check's name says how many it were
             break
     how = "a CUDA graph" if workspace.graph is not None else "no graph"
     record.check(f"equal bits {done + 1} times, {dtype}", int(different) == 0, f"{how}; {int(different)} differ")
-    straight = GraphWorkspace(block, 3, guidance.active, dtype, capture=False)
-    x, _ = invert_graph(block, z, None, guidance, straight)
+    straight = GraphWorkspace(inspect(block), 3, guidance.active, dtype, capture=False)
+    x, _ = invert_graph(block.bijection, z, None, guidance, straight)
     record.check(f"the graph's bits are those of its kernels one by one, {dtype}", same_bits(x, first))
 
 
 SANITIZED = """
 import gpu_bare, torch
 from flows import random_flow, random_noise
-from tarflow_fast.inverse import Guidance
-from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph
+from tarflow_fast.transforms import Guidance
+from tarflow_fast.engines.triton import invert_graph
+from tarflow_fast.engines.triton_graph import GraphWorkspace
+from tarflow_fast.engines.weights import inspect
 model = random_flow(channels=64, img_size=4, layers_per_block=1).cuda()
 for window in (1, 3):
-    workspace = GraphWorkspace(model.blocks[1], 2, True, torch.bfloat16, window=window, capture=False)
-    x, _ = invert_graph(model.blocks[1], random_noise(model, 2).cuda(), None, Guidance(1.0), workspace)
+    workspace = GraphWorkspace(inspect(model.blocks[1]), 2, True, torch.bfloat16, window=window, capture=False)
+    x, _ = invert_graph(model.blocks[1].bijection, random_noise(model, 2).cuda(), None, Guidance(1.0), workspace)
     assert x.isfinite().all()
 """
 

@@ -9,8 +9,10 @@ from gpu_peers import GraphSampler, published_step
 from workloads import WORKLOADS, build, inputs
 
 from tarflow_fast import TarFlow
-from tarflow_fast.inverse import Guidance, InverseCall, invert_block
-from tarflow_fast.verify import error_and_bound
+from tarflow_fast.engines.call import Call
+from tarflow_fast.net import Order
+from tarflow_fast.transforms import Guidance
+from tarflow_fast.verify.rule import error_and_bound
 
 BLOCKS = 8  # flow blocks of every published model
 
@@ -38,8 +40,8 @@ class Inverse:
 
     def ours(self, z, guidance, call):
         precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        call = InverseCall("triton", precision) if call is None else call
-        return invert_block(self.block, z, None, guidance, call)[0], call
+        call = Call("triton", precision) if call is None else call
+        return self.block.invert(z, None, guidance, call)[0], call
 
     def check(self, guided):
         """The first 64 tokens against float64, beside the reference under autocast."""
@@ -48,6 +50,7 @@ class Inverse:
         block, reference = copy.deepcopy(self.block), copy.deepcopy(self.reference)
         for short in (block, reference):
             short.pos_embed = torch.nn.Parameter(short.pos_embed[:T].detach())
+        block.order = Order(T, block.flip)
         reference.attn_mask = reference.attn_mask[:T, :T]
         z, arguments = z[:, :T].contiguous(), (guidance.weight, guidance.what, guidance.attn_temp)
         with torch.no_grad():
@@ -55,7 +58,7 @@ class Inverse:
             with torch.autocast(z.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 plain = reference.reverse(z, None, *arguments)
             precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-            got, _ = invert_block(block, z, None, guidance, InverseCall("triton", precision))
+            got, _ = block.invert(z, None, guidance, Call("triton", precision))
         error, bound = error_and_bound(got, truth, plain)
         worst = (error / bound).max().item()
         ours, theirs = error.max().item(), (plain.double() - truth).abs().max().item()
@@ -77,7 +80,7 @@ class Inverse:
         z, guidance = self.noise(B, guided)
         _, call = self.ours(z, guidance, None)
         times = self.timer.milliseconds(lambda: self.ours(z, guidance, call), runs, 0)
-        note = "" if call.graph.graph is not None or not self.timer.cuda else "no CUDA graph"
+        note = "" if call.state("triton", None).workspace.graph is not None or not self.timer.cuda else "no CUDA graph"
         median = self.row("ours", B, guided, times, note=note)
         self.record.row(
             "whole sample", "8 blocks, from one", "ours", [median], scale=BLOCKS, B=B, guided=guided, **self.about

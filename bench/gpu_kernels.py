@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tarflow_fast.inverse.graph import GraphWorkspace
+from tarflow_fast.engines.triton_graph import GraphWorkspace
+from tarflow_fast.engines.weights import inspect
 
 RUNS, WARM = 7, 2
 
@@ -22,8 +23,8 @@ def step_kernels(inverse, B, guided):
 
     timer, record, dtype, tiny = inverse.timer, inverse.record, inverse.dtype, not inverse.timer.cuda
     z, guidance = inverse.noise(B, guided)
-    ws = GraphWorkspace(inverse.block, B, guided, dtype, capture=False)
-    ws.load(inverse.block, z, None, guidance)
+    ws = GraphWorkspace(inspect(inverse.block), B, guided, dtype, capture=False)
+    ws.load(inverse.block.bijection, inspect(inverse.block), z, None, guidance)
     T, size, L = ws.T, torch.finfo(dtype).bits // 8, len(ws.eps)
     R, C = ws.h.shape
     about = inverse.about | {"B": B, "guided": guided}

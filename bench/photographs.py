@@ -32,8 +32,8 @@ def crops(folder: Path) -> None:
 
 def photograph_flow() -> TarFlow:
     """T = 64 tokens of 4 x 4 x 3, four blocks of two layers, C = 128; a few minutes of training the first time."""
-    from tarflow_fast.train import train
-    from tarflow_fast.train_config import TrainConfig
+    from tarflow_fast.training.config import TrainConfig
+    from tarflow_fast.training.run import train
 
     if not (FOLDER / "run" / "model" / "model.safetensors").exists():
         crops(FOLDER / "crops")

@@ -17,8 +17,8 @@ CODE = """
 import json, sys
 import torch
 from workloads import WORKLOADS, build, inputs
-from tarflow_fast.inverse import Guidance
-from tarflow_fast.inverse.engine import Engine
+from tarflow_fast.transforms import Guidance
+from tarflow_fast.engines.cpu import Engine
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

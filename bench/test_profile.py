@@ -18,8 +18,8 @@ from report import results_folder
 from truth import Truth
 from workloads import WORKLOADS, build, inputs
 
-from tarflow_fast.inverse import Guidance
-from tarflow_fast.inverse.engine import PARTS, Engine
+from tarflow_fast.engines.cpu import PARTS, Engine
+from tarflow_fast.transforms import Guidance
 
 QUICK = [("mnist", 1, False), ("mnist", 16, False), ("cifar", 1, False), ("cifar", 16, False)]
 QUICK += [("c768_t64", 1, False), ("c768_t64", 16, False)]
@@ -47,7 +47,7 @@ def test_profile(case, full, table, benchmark):
     costs, threads = part_costs(workload, B, guided, precision), torch.get_num_threads()
     streams = weights_in_memory(workload, precision) + costs["attention"].cache_bytes / (workload.T - 1) > CACHE
     engine, block, clocks, reads = Engine(precision), model.blocks[0], [], []
-    expected, _ = engine.invert(block, noise, labels, asked)
+    expected, _ = engine.invert(block.bijection, noise, labels, asked)
     truth = Truth(workload, reference, noise, labels, guidance)
     truth.check(precision, model.unpatchify(expected), model.patchify)
 
@@ -57,7 +57,7 @@ def test_profile(case, full, table, benchmark):
             reads.append(read_rate(threads))
 
     def run():
-        x, _ = engine.invert(block, noise, labels, asked)
+        x, _ = engine.invert(block.bijection, noise, labels, asked)
         clocks.append((x, engine.clock))
 
     benchmark.group = name_of(case)

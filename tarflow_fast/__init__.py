@@ -6,23 +6,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tarflow_fast.block import MetaBlock
+    from tarflow_fast.flow import TokenFlow
     from tarflow_fast.model import Model, TarFlow
-    from tarflow_fast.nonfinite import NonFiniteError
     from tarflow_fast.reference import ReferenceTarFlow
+    from tarflow_fast.solvers.nonfinite import NonFiniteError
 
 __version__ = "0.1.0"
-__all__ = ["MetaBlock", "Model", "NonFiniteError", "ReferenceTarFlow", "TarFlow", "__version__"]
+__all__ = ["MetaBlock", "Model", "NonFiniteError", "ReferenceTarFlow", "TarFlow", "TokenFlow", "__version__"]
 
 _HOMES = {
     "TarFlow": "model",
     "Model": "model",
-    "NonFiniteError": "nonfinite",
+    "TokenFlow": "flow",
+    "NonFiniteError": "solvers.nonfinite",
     "MetaBlock": "block",
     "ReferenceTarFlow": "reference",
 }
-
-
-_MODULES = ("flows", "images", "info", "native", "reference", "verify")
+_MODULES = {
+    "flows": "flows",
+    "images": "data.images",
+    "info": "info",
+    "native": "native",
+    "reference": "reference",
+    "verify": "verify",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -32,7 +39,7 @@ def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(importlib.import_module(f"tarflow_fast.{_HOMES[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"tarflow_fast.{name}")
+        return importlib.import_module(f"tarflow_fast.{_MODULES[name]}")
     raise AttributeError(f"module 'tarflow_fast' has no attribute {name!r}")
 
 

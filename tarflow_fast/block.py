@@ -1,97 +1,28 @@
-"""A flow block: the causal transformer that conditions an affine step, under the module names of the original.
+"""A flow block: a net, a transform, and the order in which the net sees the tokens (arXiv 2412.06329, section 2).
 
-    h = proj_in(x) + pos_embed + class_embed[y];   L times  h += proj(attention(LN(h))),  h += fc2(GELU(fc1(LN(h))))
-    (a, b) = halves of proj_out(h)                                              (arXiv 2412.06329, section 2)
+    (a_i, b_i) = net(x_0 .. x_i);   z_0 = x_0;   z_{i+1} = (x_{i+1} - b_i) exp(-a_i)          in the block's order
 
-The submodules are called as modules, so that adapters, hooks and quantized layers put inside keep working. GPUs compute
-a layer that has none of those by the fused ops (tarflow_fast/fused.py).
+The block is its net, under the module names of the original, so that the keys of a state_dict are the original's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from tarflow_fast.fused import fused_layer, takes_fused_layer
-from tarflow_fast.ops import affine
+from tarflow_fast.engines.call import Call
+from tarflow_fast.engines.fused import fused_layers
+from tarflow_fast.net import HEAD_SIZE, CausalNet, Order
+from tarflow_fast.solvers import invert
+from tarflow_fast.transforms import TRANSFORMS, Bijection, Guidance
 from tarflow_fast.validate import check_labels, check_tensor
 
-if TYPE_CHECKING:
-    from tarflow_fast.inverse.workspace import KVCache
-
-HEAD_SIZE = 64
+__all__ = ["HEAD_SIZE", "MetaBlock"]
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention behind a LayerNorm; qkv is one Linear, its output read as (3, H, E)."""
-
-    def __init__(self, channels: int, head_size: int = HEAD_SIZE) -> None:
-        super().__init__()
-        self.head_size = head_size
-        self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def _query_key_value(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, C = h.shape
-        qkv = self.qkv(self.norm(h)).view(B, T, 3, C // self.head_size, self.head_size)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, E)
-
-    def _merge(self, heads: Tensor, shape: torch.Size) -> Tensor:
-        return self.proj(heads.transpose(1, 2).reshape(shape))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """All tokens at once. h, result: (B, T, C)."""
-        query, key, value = self._query_key_value(h)
-        return self._merge(F.scaled_dot_product_attention(query, key, value, is_causal=True), h.shape)
-
-    def step(self, h: Tensor, kv_cache: KVCache, layer: int, query_scale: Tensor | None) -> Tensor:
-        """One token against the cache of those before it. h, result: (R, 1, C); query_scale: (R, 1, 1, 1) or None."""
-        query, key, value = self._query_key_value(h)
-        key, value = kv_cache.append(layer, key, value)
-        if query_scale is not None:
-            query = query * query_scale.to(query.dtype)
-        return self._merge(F.scaled_dot_product_attention(query, key, value), h.shape)
-
-
-class MLP(nn.Module):
-    """LayerNorm, Linear to `expansion` times the width, exact (erf) GELU, Linear back."""
-
-    def __init__(self, channels: int, expansion: int = 4) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.main = nn.Sequential(
-            nn.Linear(channels, channels * expansion), nn.GELU(), nn.Linear(channels * expansion, channels)
-        )
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.main(self.norm(h))
-
-
-class AttentionBlock(nn.Module):
-    """One pre-LN transformer layer."""
-
-    def __init__(self, channels: int, head_size: int = HEAD_SIZE, expansion: int = 4) -> None:
-        super().__init__()
-        self.attention = Attention(channels, head_size)
-        self.mlp = MLP(channels, expansion)
-
-    def forward(self, h: Tensor, backend: str = "auto") -> Tensor:
-        """All tokens at once. h, result: (B, T, C); backend: which kernels to use, see `tarflow_fast.ops`."""
-        if takes_fused_layer(self, h, backend):
-            return fused_layer(self, h, backend)
-        h = h + self.attention(h)
-        return h + self.mlp(h)
-
-    def step(self, h: Tensor, kv_cache: KVCache, layer: int, query_scale: Tensor | None) -> Tensor:
-        h = h + self.attention.step(h, kv_cache, layer, query_scale)
-        return h + self.mlp(h)
-
-
-class MetaBlock(nn.Module):
+class MetaBlock(CausalNet):
     """One flow block x -> z over T tokens of size D.
 
     Args:
@@ -104,7 +35,10 @@ class MetaBlock(nn.Module):
         expansion: width of the MLP over C.
         nvp: False drops the log-scale a (volume preserving).
         num_classes: 0 for an unconditional block.
+        order: a permutation of range(T) instead of flip: the place of the i-th token the net sees.
     """
+
+    is_plain = True  # forward and reverse are for the caller; the net is CausalNet's
 
     def __init__(
         self,
@@ -117,54 +51,72 @@ class MetaBlock(nn.Module):
         expansion: int = 4,
         nvp: bool = True,
         num_classes: int = 0,
+        order: Sequence[int] | Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.flip, self.nvp, self.num_classes = flip, nvp, num_classes
-        self.proj_in = nn.Linear(token_size, channels)
-        self.pos_embed = nn.Parameter(0.01 * torch.randn(num_tokens, channels))
-        self.class_embed = nn.Parameter(0.01 * torch.randn(num_classes, 1, channels)) if num_classes else None
-        self.attn_blocks = nn.ModuleList(AttentionBlock(channels, head_size, expansion) for _ in range(num_layers))
-        self.proj_out = nn.Linear(channels, 2 * token_size if nvp else token_size)
-        nn.init.zeros_(self.proj_out.weight)
+        transform = TRANSFORMS["affine" if nvp else "shift"]
+        outputs = len(transform.parts) * token_size
+        super().__init__(token_size, outputs, channels, num_tokens, num_layers, head_size, expansion, num_classes)
+        self.transform, self.order = transform, Order(num_tokens, flip, order)
         # The original keeps its (T, T) masks as buffers: 32 MiB of an ImageNet64 file. Here they exist in files only.
         self.register_state_dict_post_hook(_write_mask)
         self.register_load_state_dict_pre_hook(_drop_mask)
 
-    def class_embedding(self, y: Tensor | None) -> Tensor | None:
-        """(B, 1, C) for labels y (B,); the mean over classes, (1, C), where y is None and in rows with y < 0."""
-        if self.class_embed is None:
-            return None
-        mean = self.class_embed.mean(dim=0)
-        if y is None:
-            return mean
-        # no branch on the values of y: a branch would be a host sync a block, and a graph break under torch.compile
-        return torch.where((y < 0).view(-1, 1, 1), mean, self.class_embed[y.clamp(min=0)])
+    @property
+    def flip(self) -> bool:
+        """Whether the net sees the tokens in reverse."""
+        return self.order.flip
 
-    def embed(self, tokens: Tensor, pos_embed: Tensor, class_embedding: Tensor | None) -> Tensor:
-        """Tokens of net order (R, W, D) -> the residual stream (R, W, C)."""
-        h = self.proj_in(tokens) + pos_embed
-        return h if class_embedding is None else h + class_embedding
+    @property
+    def nvp(self) -> bool:
+        """Whether there is a log-scale a."""
+        return self.transform.name == "affine"
 
-    def forward(self, x: Tensor, y: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    @property
+    def bijection(self) -> Bijection:
+        """What engines and solvers are given."""
+        return Bijection(self, self.transform, self.order)
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, backend: str = "auto", mean: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """x -> z, with z_{i+1} = (x_{i+1} - b_i) * exp(-a_i) in the block's order.
 
         Args:
             x: (B, T, D), the parameters' dtype (under autocast any of float32, bfloat16 and float16).
             y: (B,) int64 labels, negative for none; or None.
             backend: which kernels to use, see `tarflow_fast.ops`.
+            mean: divide the log-determinant by T * D, as the original does.
 
         Returns:
-            z (B, T, D) in x's dtype, and logdet (B,) float32 (float64 for float64 x): the mean over T * D of -a.
+            z (B, T, D) in x's dtype, and log |det dz/dx| (B,), the sum or mean of -a over T and D, float32 (float64 for
+            float64 x).
         """
-        tokens, pos_embed = (x.flip(1), self.pos_embed.flip(0)) if self.flip else (x, self.pos_embed)
-        h = self.embed(tokens, pos_embed, self.class_embedding(y))
-        for layer in self.attn_blocks:
-            h = layer(h, backend) if type(layer) is AttentionBlock else layer(h)
-        ab = self.proj_out(h)
+        order = self.order
+        h = self.embed(order.take(x), order.take(self.pos_embed, 0), self.class_embedding(y))
+        parameters = self.proj_out(fused_layers(self.attn_blocks, h, backend))
         # One 16-bit type beside another, as autocast makes of images in the other: float32 holds both.
-        tokens = x.float() if x.dtype.itemsize == 2 and ab.dtype != x.dtype else x
-        z, log_det = affine(tokens, ab, flip=self.flip, backend=backend)
-        return z.to(x.dtype), log_det / (x.size(1) * x.size(2))
+        wide = x.float() if x.dtype.itemsize == 2 and parameters.dtype != x.dtype else x
+        if order.identity or order.flip:  # the kernels flip by index
+            z, log_det = self.transform.forward(wide, parameters, order.flip, backend)
+        else:
+            z, log_det = self.transform.forward(order.take(wide), parameters, False, backend)
+            z = order.put(z)
+        return z.to(x.dtype), log_det / (x.size(1) * x.size(2)) if mean else log_det
+
+    def invert(
+        self,
+        z: Tensor,
+        y: Tensor | None = None,
+        guidance: Guidance | None = None,
+        call: Call | None = None,
+        on_token: Callable[[], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """z (B, T, D) -> x (B, T, D) in z's dtype, and log |det dx/dz| (B,), nats, as `solvers.invert`."""
+        guidance = Guidance() if guidance is None else guidance
+        if call is not None:
+            return invert(self.bijection, z, y, guidance, call, on_token)
+        with Call() as own:
+            return invert(self.bijection, z, y, guidance, own, on_token)
 
     @torch.no_grad()
     def reverse(
@@ -177,17 +129,13 @@ class MetaBlock(nn.Module):
         annealed_guidance: bool = False,
     ) -> Tensor:
         """z (B, T, D) -> x (B, T, D); z is never written. See `TarFlow.reverse` for the arguments."""
-        from tarflow_fast.inverse import Guidance, invert_block
-
-        check_tensor("reverse", "z", z, ("B", self.pos_embed.size(0), self.proj_in.in_features), self.pos_embed)
+        check_tensor("reverse", "z", z, ("B", self.num_tokens, self.token_size), self.pos_embed)
         y = check_labels("reverse", y, z.size(0), self.num_classes, self.pos_embed)
-        guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
-        return invert_block(self, z, y, guide)[0]
+        return self.invert(z, y, Guidance(guidance, guide_what, attn_temp, annealed_guidance))[0]
 
 
 def _write_mask(block: MetaBlock, state: dict, prefix: str, _metadata: dict) -> None:
-    pos_embed = block.pos_embed
-    T = pos_embed.size(0)
+    T, pos_embed = block.num_tokens, block.pos_embed
     state[prefix + "attn_mask"] = torch.ones(T, T, dtype=pos_embed.dtype, device=pos_embed.device).tril()
 
 

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tarflow_fast import __version__, native
+from tarflow_fast.engines.call import Call
+from tarflow_fast.engines.fused import fused_wanted, takes_fused_layer, why_not_fused
+from tarflow_fast.engines.table import TABLE, find_path
+from tarflow_fast.net import AttentionBlock
 from tarflow_fast.ops import explain
 from tarflow_fast.ops.registry import OPS
 
@@ -123,22 +127,16 @@ def format_blocks(model: TarFlow) -> str:
 
 
 def _inverse(model: TarFlow, block: MetaBlock) -> tuple[str, str]:
-    from tarflow_fast.inverse import InverseCall
-    from tarflow_fast.ops.block_inverse import find_path
-
     try:
-        path = find_path(block, model.var[None], InverseCall(model.backend, frozen=model._frozen))
+        path = find_path(block.bijection, model.var[None], Call(model.backend, frozen=model._frozen))
     except RuntimeError as error:
         return "none", str(error)
-    op, device = OPS["block_inverse"], model.var.device
-    preferred = op.auto.get(device.type, ("torch",))[0]
-    return path.backend, path.reason or op.why_not(preferred, device, model.var.dtype)
+    device = model.var.device
+    preferred = TABLE.auto.get(device.type, ("torch",))[0]
+    return path.engine, path.reason or TABLE.why_not(preferred, device, model.var.dtype)
 
 
 def _layers(model: TarFlow, block: MetaBlock) -> tuple[str, str]:
-    from tarflow_fast.block import AttentionBlock
-    from tarflow_fast.fused import fused_wanted, takes_fused_layer, why_not_fused
-
     h = model.var.new_empty(1, 1, model.channels)
     if not fused_wanted(h, model.backend):
         return "modules", f"not wanted for backend {model.backend!r} on {h.device.type} tensors"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow_fast.dtypes import wide_dtype
-from tarflow_fast.nonfinite import NonFinite, bad_rows
+from tarflow_fast.solvers.nonfinite import NonFinite, bad_rows
 from tarflow_fast.validate import check_number, check_positive_int, seeded
 
 # Values saved for backward, per token, layer and channel: two LayerNorm inputs and outputs (4), qkv (3), attention's
@@ -23,13 +23,13 @@ Flow = TypeVar("Flow", bound=nn.Module)
 
 
 class LikelihoodMixin:
-    """Methods of `TarFlow` built on `forward` alone."""
+    """Methods of `TokenFlow` and `TarFlow`: x is tokens (B, T, D) of the one, images of the other."""
 
     def log_prob(self, x: Tensor, y: Tensor | int | None = None) -> Tensor:
         """log p(x | y) = log N(z; 0, var) + log |det dz/dx|, in nats, summed over all dimensions.
 
         Args:
-            x: (B, in_channels, height, width), the parameters' dtype.
+            x: (B, T, D), or of a TarFlow (B, in_channels, height, width); the parameters' dtype.
             y: (B,) integer labels, negative for none; an int for all images; or None.
 
         Returns:
@@ -38,11 +38,15 @@ class LikelihoodMixin:
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        z, _, logdets = self(x, y)
+        y = self._check_input("log_prob", x, y)
+        z, log_det = self._encode(self._to_tokens(x), y)
+        return self._log_prior(z) + log_det
+
+    def _log_prior(self, z: Tensor) -> Tensor:
+        """log N(z; 0, var) of tokens (B, T, D): (B,), float32 or wider."""
         wide = wide_dtype(z)
         z, var = z.to(wide), self.var.to(wide)
-        log_prior = -0.5 * (z.square() / var + torch.log(2 * math.pi * var)).sum(dim=(1, 2))
-        return log_prior + logdets * z[0].numel() if len(z) else log_prior
+        return -0.5 * (z.square() / var + torch.log(2 * math.pi * var)).sum(dim=(1, 2))
 
     @torch.no_grad()
     def bits_per_dim(
@@ -81,7 +85,7 @@ class LikelihoodMixin:
             raise TypeError(f"bits_per_dim: x must be a tensor of integers in [0, {levels}), got {got}")
         if x.numel() and (int(x.min()) < 0 or int(x.max()) >= levels):
             raise ValueError(f"bits_per_dim: x must be in [0, {levels}), got [{int(x.min())}, {int(x.max())}]")
-        y = self._check_images("bits_per_dim", x.to(self.var), y)
+        y = self._check_input("bits_per_dim", x.to(self.var), y)
         generator = None if seed is None else seeded("bits_per_dim", seed)
         dims = self.num_tokens * self.token_size
         total = torch.zeros(len(x), dtype=torch.float64)
@@ -130,7 +134,7 @@ class LikelihoodMixin:
             row_bytes = layers * self.num_tokens * self.channels * _SAVED_VALUES * self.var.element_size()
             batch_size = max(1, memory_limit // row_bytes)
         check_positive_int("denoise", "batch_size", batch_size)
-        y = self._check_images("denoise", x, y)
+        y = self._check_input("denoise", x, y)
         bad = NonFinite("denoise", nonfinite, len(x))
         with torch.inference_mode(False), torch.enable_grad():
             flow = _differentiable(self)
@@ -162,7 +166,7 @@ class LikelihoodMixin:
         """
         if not self.num_classes:
             raise ValueError("classify: needs a class-conditional flow, got num_classes = 0")
-        self._check_images("classify", x, None)
+        self._check_input("classify", x, None)
         labels = torch.arange(self.num_classes, device=x.device)
         scores = [self.log_prob(x, label.expand(len(x))) for label in labels]
         return torch.log_softmax(torch.stack(scores, dim=1), dim=1)

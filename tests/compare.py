@@ -2,7 +2,7 @@
 
 import torch
 
-from tarflow_fast.verify import FACTOR, ULPS, error_and_bound
+from tarflow_fast.verify.rule import FACTOR, ULPS, error_and_bound
 
 
 def assert_accurate(name, got, truth, plain, factor=FACTOR, ulps=ULPS):

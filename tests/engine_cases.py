@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 
 from tarflow_fast.block import MetaBlock
-from tarflow_fast.inverse import Guidance, KVCache
-from tarflow_fast.inverse.engine import Engine
-from tarflow_fast.inverse.sequential import invert_sequential
+from tarflow_fast.engines.call import Call
+from tarflow_fast.engines.cpu import Engine
+from tarflow_fast.engines.cpu_native import why_not_weights
+from tarflow_fast.engines.weights import inspect
+from tarflow_fast.transforms import Guidance
 
 
 class BlockCase(NamedTuple):
@@ -65,9 +67,19 @@ def draw_case(seed):
     return BlockCase(block, torch.randn(B, T, D, generator=generator), y, guidance)
 
 
+def given(case):
+    """The case as the engine takes it: a bijection in place of the block."""
+    return case.block.bijection, *case[1:]
+
+
 def run(case, precision="fp32", **options):
-    block, z, y, guidance = case
-    return Engine(precision, **options).invert(block, z, y, guidance)
+    return Engine(precision, **options).invert(*given(case))
+
+
+def refusal(block):
+    """Why the native engine does not take the block; "" when it does."""
+    found = inspect(block, "cpu")
+    return found if isinstance(found, str) else why_not_weights(found)
 
 
 def small_case(seed=0, B=5, **sizes):
@@ -85,7 +97,7 @@ def in_torch(case, dtype=torch.float32, autocast=False):
     block, z, y, guidance = case
     block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return invert_sequential(block, z.to(dtype), y, guidance, KVCache(len(block.attn_blocks), z.size(1)))
+        return block.invert(z.to(dtype), y, guidance, Call("torch"))
 
 
 def run_python(code, timeout=120):

@@ -44,7 +44,8 @@ def launches(model, B, guided, dtype, W=1):
     from tarflow_fast.kernels.triton import affine_inverse, cached_attention, step_embed, step_linear
 
     from tarflow_fast.block import MetaBlock
-    from tarflow_fast.inverse.graph import GraphWorkspace
+    from tarflow_fast.engines.triton_graph import GraphWorkspace
+    from tarflow_fast.engines.weights import inspect
 
     C, D, T = MODELS[model]
     with torch.device("meta"):
@@ -54,7 +55,7 @@ def launches(model, B, guided, dtype, W=1):
         for module in (step_embed, step_linear, cached_attention, affine_inverse):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Recorder(getattr(module, name), seen))
-        GraphWorkspace(block, B, guided, dtype, window=W).step()
+        GraphWorkspace(inspect(block), B, guided, dtype, window=W).step()
     for launch in seen:
         if all(describe(launch) != describe(other) for other in found):
             found.append(launch)

@@ -10,7 +10,8 @@ from flows import random_flow, random_images
 from safetensors import safe_open
 
 from tarflow_fast import ReferenceTarFlow, TarFlow
-from tarflow_fast.checkpoint import infer_config, load_tensors, save_tensors, write_atomic
+from tarflow_fast.checkpoint import infer_config
+from tarflow_fast.files import load_tensors, save_tensors, write_atomic
 
 CONFIGS = [
     dict(in_channels=1, num_classes=3),

@@ -16,10 +16,10 @@ import tarflow_fast
 from tarflow_fast import info, verify
 from tarflow_fast.cli import main
 from tarflow_fast.data import load_digits
+from tarflow_fast.data.images import make_grid
 from tarflow_fast.evaluate import evaluate, histogram_bits
-from tarflow_fast.images import make_grid
 from tarflow_fast.model import TarFlow
-from tarflow_fast.train import train
+from tarflow_fast.training.run import train
 
 
 @pytest.fixture(autouse=True)

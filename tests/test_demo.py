@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tarflow_fast import demo
-from tarflow_fast.cli import main
+from tarflow_fast.cli import demo, main
 from tarflow_fast.flows import SHIPPED, open_flow, training_noise
 from tarflow_fast.model import TarFlow
 
@@ -107,10 +106,10 @@ def test_both_are_timed_by_turns():
 
 
 def test_demo_trains_afresh(tmp_path, monkeypatch, capsys):
-    from tarflow_fast import train_config
+    from tarflow_fast.training import config
 
-    quick = {**train_config.DIGITS, "epochs": 0.1, "channels": 64, "num_blocks": 1, "layers_per_block": 1}
-    monkeypatch.setattr(train_config, "DIGITS", quick)
+    quick = {**config.DIGITS, "epochs": 0.1, "channels": 64, "num_blocks": 1, "layers_per_block": 1}
+    monkeypatch.setattr(config, "DIGITS", quick)
     _, ok = demo.demo(tmp_path, train=True, repeats=1)
     assert ok and (tmp_path / "samples.png").is_file()
     record = json.loads((tmp_path / "run" / "model" / "train.json").read_text())

@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 from compare import same_bits
-from engine_cases import run, run_python, small_case
+from engine_cases import given, run, run_python, small_case
 
 from tarflow_fast import TarFlow, native
-from tarflow_fast.inverse.eligibility import inspect
-from tarflow_fast.inverse.engine import PARTS, Engine
-from tarflow_fast.inverse.plan import Plan, Sizes, Workspace, run_pass
+from tarflow_fast.engines.cpu import PARTS, Engine
+from tarflow_fast.engines.cpu_native import Plan, Sizes, Workspace, run_pass
+from tarflow_fast.engines.weights import inspect
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -79,7 +79,7 @@ def test_bytes_that_overflow():
 def test_a_closed_plan_or_workspace_is_refused():
     case = small_case()
     weights = inspect(case.block)
-    sizes = Sizes.of(case.block, weights, "fp32")
+    sizes = Sizes.of(weights, case.block.transform, "fp32")
     plan, space = Plan(sizes).pack(weights), Workspace(sizes, 3, window=21)
     for closed, name in ((space, "workspace"), (plan, "plan")):
         closed.close()
@@ -93,7 +93,7 @@ def test_a_closed_plan_or_workspace_is_refused():
 def test_a_pass_that_does_not_fit_is_refused():
     case = small_case()
     weights = inspect(case.block)
-    sizes, other = Sizes.of(case.block, weights, "fp32"), Sizes.of(case.block, weights, "bf16")
+    sizes, other = Sizes.of(weights, case.block.transform, "fp32"), Sizes.of(weights, case.block.transform, "bf16")
     plan, space = Plan(sizes).pack(weights), Workspace(sizes, 3, window=4)
     z = case.z
     for tokens, position in ((z[:4, :4], 0), (z[:3, :5], 0), (z[:3, :4], 18), (z[:3, :4], -1)):
@@ -105,10 +105,10 @@ def test_a_pass_that_does_not_fit_is_refused():
 
 def test_the_clock_counts_every_part_and_changes_nothing():
     case, engine = small_case(num_tokens=30), Engine("fp32")
-    expected = engine.invert(*case)[0]
+    expected = engine.invert(*given(case))[0]
     engine.clock = torch.zeros(native.threads(), len(PARTS), dtype=torch.float64)
     start = time.perf_counter()
-    assert same_bits(engine.invert(*case)[0], expected)
+    assert same_bits(engine.invert(*given(case))[0], expected)
     elapsed = time.perf_counter() - start
     worked = engine.clock.sum(dim=1)
     assert (engine.clock[0, :-1] > 0).all() and worked.max() < elapsed and worked.max() > elapsed / 20
@@ -116,7 +116,7 @@ def test_the_clock_counts_every_part_and_changes_nothing():
     with pytest.raises(
         ValueError, match=r"^block_inverse: clock must be \(\d+, 9\) of torch.float64, got \(\d+, 9\) of"
     ):
-        engine.invert(*case)
+        engine.invert(*given(case))
 
 
 # ---- threads, signals, forks ---------------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ INTERRUPTED = """
 import os, signal, threading, time, torch
 torch.set_num_threads(2)
 from tarflow_fast.block import MetaBlock
-from tarflow_fast.inverse import Guidance
-from tarflow_fast.inverse.engine import Engine
+from tarflow_fast.transforms import Guidance
+from tarflow_fast.engines.cpu import Engine
 block, engine = MetaBlock(12, {C}, {T}, num_layers={L}).eval(), Engine("fp32")
 z = torch.randn({B}, {T}, 12)
 sent = []
@@ -158,7 +158,7 @@ for delay in (0.5, 0.8, 0.3):
     try:
         timer.start()
         while True:
-            engine.invert(block, z, None, Guidance())
+            engine.invert(block.bijection, z, None, Guidance())
     except KeyboardInterrupt:
         waited.append(time.monotonic() - sent[-1])
     timer.join()
@@ -180,15 +180,15 @@ FORKED = """
 import os, sys, torch
 torch.set_num_threads(2)
 from tarflow_fast.block import MetaBlock
-from tarflow_fast.inverse import Guidance
-from tarflow_fast.inverse.engine import Engine
-from tarflow_fast.inverse.plan import Workspace
+from tarflow_fast.transforms import Guidance
+from tarflow_fast.engines.cpu import Engine
+from tarflow_fast.engines.cpu_native import Workspace
 from tarflow_fast.ops import affine
 torch.manual_seed(0)
 block = MetaBlock(12, 128, 16, num_layers=2).eval()
 torch.nn.init.normal_(block.proj_out.weight, std=0.02)
 z, engine = torch.randn(8, 16, 12), Engine("fp32")
-expected = engine.invert(block, z, None, Guidance())[0]
+expected = engine.invert(block.bijection, z, None, Guidance())[0]
 x, ab = torch.randn(8, 512, 12), torch.randn(8, 512, 24)
 shifted = affine(x, ab, backend="cpu")[0].numpy().tobytes()
 child = os.fork()
@@ -196,12 +196,12 @@ if child == 0:
     if affine(x, ab, backend="cpu")[0].numpy().tobytes() != shifted:  # torch.equal itself would wait for its pool
         os._exit(5)
     try:
-        engine.invert(block, z, None, Guidance())
+        engine.invert(block.bijection, z, None, Guidance())
         os._exit(2)
     except RuntimeError as error:
         if "was made before a fork" not in str(error):
             os._exit(3)
-    os._exit(0 if torch.equal(Engine("fp32").invert(block, z, None, Guidance())[0], expected) else 4)
+    os._exit(0 if torch.equal(Engine("fp32").invert(block.bijection, z, None, Guidance())[0], expected) else 4)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
@@ -234,9 +234,9 @@ def test_more_threads_than_cores_still_finish(threads):
 def test_progress_counts_every_token_once():
     model = TarFlow(1, 8, 2, 64, 2, 1)
     seen = []
-    from tarflow_fast.inverse import Guidance, invert_block
+    from tarflow_fast.transforms import Guidance
 
     for block in model.blocks:
-        invert_block(block, torch.randn(3, 16, 4), None, Guidance(), on_token=lambda: seen.append(1))
+        block.invert(torch.randn(3, 16, 4), None, Guidance(), on_token=lambda: seen.append(1))
     assert len(seen) == 2 * 15
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

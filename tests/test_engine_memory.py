@@ -7,15 +7,15 @@ import sys
 import pytest
 import torch
 from compare import same_bits
-from engine_cases import run, run_python, small_case
+from engine_cases import given, run, run_python, small_case
 from flows import random_flow, random_noise
 
 from tarflow_fast import native
-from tarflow_fast.inverse import engine as engine_module
-from tarflow_fast.inverse import plan as plan_module
-from tarflow_fast.inverse.eligibility import inspect
-from tarflow_fast.inverse.engine import Engine
-from tarflow_fast.inverse.plan import Plan, Sizes, Workspace
+from tarflow_fast.engines import cpu as engine_module
+from tarflow_fast.engines import cpu_native as plan_module
+from tarflow_fast.engines.cpu import Engine
+from tarflow_fast.engines.cpu_native import Plan, Sizes, Workspace
+from tarflow_fast.engines.weights import inspect
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -23,11 +23,11 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 def test_a_limit_is_met_with_smaller_groups_and_the_same_bits():
     case = small_case(B=9)
-    sizes = Sizes.of(case.block, inspect(case.block), "fp32")
+    sizes = Sizes.of(inspect(case.block), case.block.transform, "fp32")
     one = Plan.bytes_of(sizes) + Workspace.bytes_of(sizes, 2)
     expected, seen = run(case)[0], []
     engine = Engine("fp32", memory_limit=one)
-    assert same_bits(engine.invert(*case, on_token=lambda: seen.append(1))[0], expected)
+    assert same_bits(engine.invert(*given(case), on_token=lambda: seen.append(1))[0], expected)
     assert engine._workspace.rows == 2 and engine._plan.bytes + engine._workspace.bytes <= one
     assert len(seen) == 20, "progress counts a block's tokens once, in however many groups"
     with pytest.raises(MemoryError, match=rf"one row needs {one:,} bytes .* over the limit of {one - 1:,}$"):
@@ -36,14 +36,14 @@ def test_a_limit_is_met_with_smaller_groups_and_the_same_bits():
 
 def test_a_group_is_as_large_as_the_limit_allows():
     case = small_case(B=9)
-    sizes = Sizes.of(case.block, inspect(case.block), "fp32")
+    sizes = Sizes.of(inspect(case.block), case.block.transform, "fp32")
     for rows in range(1, 10):
         limit = Plan.bytes_of(sizes) + Workspace.bytes_of(sizes, 2 * rows)
         engine = Engine("fp32", memory_limit=limit)
-        engine.invert(*case)
+        engine.invert(*given(case))
         assert engine._group == -(-9 // -(-9 // rows)), "as few groups as can be, of even size"
         engine = Engine("fp32", memory_limit=limit + 1)
-        engine.invert(*case)
+        engine.invert(*given(case))
         assert engine._group == -(-9 // -(-9 // rows)), "as few groups as can be, of even size"
 
 
@@ -54,7 +54,7 @@ def test_a_large_batch_is_inverted_in_groups(monkeypatch):
         "of a layer of C 1024, within 200 ms at 200 GFLOP/s"
     )
     monkeypatch.setattr(engine_module, "MOST_ROWS", 8)
-    assert same_bits(engine.invert(*case)[0], expected) and engine._group == 3
+    assert same_bits(engine.invert(*given(case))[0], expected) and engine._group == 3
 
 
 def test_a_block_on_its_own_gives_its_memory_back():
@@ -86,16 +86,16 @@ GROWTH = """
 import json, torch
 torch.set_num_threads(2)
 from tarflow_fast.block import MetaBlock
-from tarflow_fast.inverse import Guidance
-from tarflow_fast.inverse.engine import Engine
+from tarflow_fast.transforms import Guidance
+from tarflow_fast.engines.cpu import Engine
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 block = MetaBlock(12, 768, 20, num_layers={layers}).eval()
-Engine("fp32").invert(MetaBlock(4, 64, 4), torch.zeros(2, 4, 4), None, Guidance())
+Engine("fp32").invert(MetaBlock(4, 64, 4).bijection, torch.zeros(2, 4, 4), None, Guidance())
 engine = Engine("{precision}")
 z = torch.randn({B}, 20, 12)
 before = resident()
-engine.invert(block, z, None, Guidance())
+engine.invert(block.bijection, z, None, Guidance())
 print(json.dumps([engine._plan.bytes + engine._workspace.bytes, resident() - before]))
 """
 
@@ -127,20 +127,20 @@ def test_nothing_leaks():
 TAKEN_BACK = """
 import ctypes, json, torch
 from tarflow_fast.block import MetaBlock
-from tarflow_fast.inverse import Guidance
-from tarflow_fast.inverse.engine import Engine
+from tarflow_fast.transforms import Guidance
+from tarflow_fast.engines.cpu import Engine
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def invert():
     engine = Engine("fp32")
-    x = engine.invert(block, z, None, Guidance())[0]
+    x = engine.invert(block.bijection, z, None, Guidance())[0]
     assert engine._plan.handle.value == places[0][0], "the plan put aside was not taken"
     return x
 block = MetaBlock(12, 512, 8, num_layers=4).eval()
 torch.nn.init.normal_(block.proj_out.weight, std=0.01)
 z = torch.randn(64, 8, 12)
 engine = Engine("fp32")
-first = engine.invert(block, z, None, Guidance())[0]
+first = engine.invert(block.bijection, z, None, Guidance())[0]
 places = [(thing.handle.value, thing.bytes) for thing in (engine._plan, engine._workspace)]
 engine.close()  # its memory is put aside
 before = resident()

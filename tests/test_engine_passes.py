@@ -9,10 +9,10 @@ from engine_cases import small_case
 from flows import random_flow
 
 from tarflow_fast import MetaBlock, native
-from tarflow_fast.inverse import Guidance, invert_block
-from tarflow_fast.inverse.eligibility import inspect
-from tarflow_fast.inverse.engine import Engine
-from tarflow_fast.inverse.plan import PRECISIONS, Plan, Sizes, Workspace, run_pass
+from tarflow_fast.engines.cpu import Engine
+from tarflow_fast.engines.cpu_native import PRECISIONS, Plan, Sizes, Workspace, run_pass
+from tarflow_fast.engines.weights import inspect
+from tarflow_fast.transforms import Guidance
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
 
@@ -21,7 +21,7 @@ def net(case, precision, cuts, rows=3):
     """ab of every token of `rows` rows, the sequence cut into passes at `cuts`."""
     block, T = case.block, case.z.size(1)
     weights = inspect(block)
-    sizes = Sizes.of(block, weights, precision)
+    sizes = Sizes.of(weights, block.transform, precision)
     plan, space = Plan(sizes).pack(weights), Workspace(sizes, rows, window=max(b - a for a, b in cuts))
     tokens = case.z[:rows].flip(1) if block.flip else case.z[:rows]
     parts = [run_pass(plan, space, tokens[:, a:b], a, labels=case.y[:rows], flip=block.flip) for a, b in cuts]
@@ -77,7 +77,7 @@ def test_later_tokens_of_a_window_cannot_touch_earlier_ones(precision):
 def test_a_window_may_be_run_again_with_other_values():
     case = small_case()
     weights = inspect(case.block)
-    sizes = Sizes.of(case.block, weights, "fp32")
+    sizes = Sizes.of(weights, case.block.transform, "fp32")
     plan, space = Plan(sizes).pack(weights), Workspace(sizes, 3, window=21)
     tokens = case.z[:3].contiguous()
     right = run_pass(plan, space, tokens, 0)
@@ -99,7 +99,7 @@ def test_class_embeddings_are_those_of_the_labels_or_their_mean(dtype):
         block.proj_out.weight.copy_(torch.eye(64))
     block.to(dtype)
     weights, y = inspect(block), torch.tensor([4, -1, 0, -7])
-    sizes = Sizes.of(block, weights, "fp32")
+    sizes = Sizes.of(weights, block.transform, "fp32")
     plan, space = Plan(sizes).pack(weights), Workspace(sizes, 8)
     embeddings = block.class_embed.detach().float()[:, 0]
     mean = embeddings.mean(dim=0)
@@ -114,23 +114,23 @@ def test_class_embeddings_are_those_of_the_labels_or_their_mean(dtype):
 def test_a_label_past_the_classes_is_refused():
     block, z = random_flow(num_classes=3).blocks[0], torch.randn(2, 16, 4)
     with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
-        Engine("fp32").invert(block, z, torch.tensor([0, 3]), Guidance())
+        Engine("fp32").invert(block.bijection, z, torch.tensor([0, 3]), Guidance())
     many, y = torch.randn(600, 16, 4), torch.zeros(600, dtype=torch.int64)  # more than one group of rows
     y[-1] = 3
     with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
-        Engine("fp32").invert(block, many, y, Guidance())
+        Engine("fp32").invert(block.bijection, many, y, Guidance())
     with pytest.raises(ValueError, match=r"^block_inverse: y must be int64 on cpu, got torch.float32 on cpu$"):
-        invert_block(block, z, torch.tensor([0.0, 1.0]), Guidance())
+        block.invert(z, torch.tensor([0.0, 1.0]), Guidance())
 
 
 def test_labels_are_read_once(monkeypatch):
     """Another thread may write the caller's while the engine runs: it then neither mixes nor reads past the table."""
     block, z, y = random_flow(num_classes=3).blocks[0], torch.randn(3, 16, 4), torch.tensor([0, 1, 2])
-    right, run_native = Engine("fp32").invert(block, z, y, Guidance())[0], Engine._run
+    right, run_native = Engine("fp32").invert(block.bijection, z, y, Guidance())[0], Engine._run
 
     def scribble(*arguments):
         y.fill_(1 << 40)
         return run_native(*arguments)
 
     monkeypatch.setattr(Engine, "_run", scribble)
-    assert same_bits(Engine("fp32").invert(block, z, y, Guidance())[0], right)
+    assert same_bits(Engine("fp32").invert(block.bijection, z, y, Guidance())[0], right)

@@ -10,7 +10,7 @@ from flows import random_flow, random_images, random_noise
 from safetensors.torch import save_file
 
 from tarflow_fast import TarFlow
-from tarflow_fast.checkpoint import load_tensors
+from tarflow_fast.files import load_tensors
 
 MODEL = random_flow(num_classes=3)
 PLAIN = random_flow()
@@ -84,7 +84,7 @@ CALLS = [
         ValueError,
         "reverse: y must have an integer dtype, got torch.float16",
     ),
-    (lambda: MODEL.log_prob(X, Y.float()), ValueError, "forward: y must have an integer dtype, got torch.float32"),
+    (lambda: MODEL.log_prob(X, Y.float()), ValueError, "log_prob: y must have an integer dtype, got torch.float32"),
     # reverse and sample
     (lambda: MODEL.reverse(X), ValueError, "reverse: x must have shape (B, 16, 4), got (2, 1, 8, 8)"),
     (
@@ -174,7 +174,7 @@ CALLS = [
         "bits_per_dim: x must have shape (B, 1, 8, 8), got (2, 1, 7, 8)",
     ),
     (lambda: MODEL.bits_per_dim(PIXELS, seed=1.5), TypeError, "bits_per_dim: seed must be an int, got float"),
-    (lambda: MODEL.log_prob(X, 3), ValueError, "forward: y must be below num_classes = 3 (negative: no label), got 3"),
+    (lambda: MODEL.log_prob(X, 3), ValueError, "log_prob: y must be below num_classes = 3 (negative: no label), got 3"),
     (lambda: MODEL.denoise(X, Y, "a"), TypeError, "denoise: noise_std must be a number, got str"),
     (lambda: MODEL.denoise(X, Y, 0.0), ValueError, "denoise: noise_std must be finite and > 0, got 0.0"),
     (lambda: MODEL.denoise(X, Y, float("nan")), ValueError, "denoise: noise_std must be finite and > 0, got nan"),
@@ -314,7 +314,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(folder, monkeypatch)
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tarflow_fast.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("tarflow_fast.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         random_flow(seed=9, num_classes=3).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

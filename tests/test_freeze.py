@@ -14,9 +14,9 @@ from flows import random_flow, random_noise
 from torch.nn.utils import prune
 
 from tarflow_fast import native
+from tarflow_fast.engines.cpu import Engine
+from tarflow_fast.engines.cpu_native import Plan, Sizes, Workspace
 from tarflow_fast.info import blocks
-from tarflow_fast.inverse.engine import Engine
-from tarflow_fast.inverse.plan import Plan, Sizes, Workspace
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
 BLOCKS = 3
@@ -220,7 +220,7 @@ def test_the_memory_limit_counts_every_plan(monkeypatch):
     expected, block = model.reverse(noise), model.blocks[0]
     model.freeze()
     frozen, taken, run = model._frozen, [], Engine._run
-    sizes = Sizes.of(block, frozen.weights(block), "fp32")
+    sizes = Sizes.of(frozen.weights(block), block.transform, "fp32")
     plans, one, all_rows = BLOCKS * Plan.bytes_of(sizes), *(Workspace.bytes_of(sizes, B) for B in (1, 40))
     with pytest.raises(MemoryError, match=rf"one row needs {plans + one:,} bytes \(plans {plans:,}, workspace"):
         model.reverse(noise, memory_limit=plans + one - 1)

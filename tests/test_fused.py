@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from tarflow_fast.fused import takes_fused_layer, why_not_fused
+from tarflow_fast.engines.fused import fused_layers, takes_fused_layer, why_not_fused
 from tarflow_fast.ops.registry import OPS
-from tarflow_fast.verify_layer import verify_layer
+from tarflow_fast.verify.layer import verify_layer
 
 CONFIG = dict(in_channels=1, img_size=(4, 10), patch_size=2, channels=64, num_blocks=2, num_classes=3)
 Y = torch.tensor([1, -1])
@@ -191,9 +191,11 @@ CHANGES = {
     "mlp.main.2 is a ParametrizedLinear": lambda layer: weight_norm(layer.mlp.main[2]),
     "mlp.main.1 is a SiLU": lambda layer: replace(layer.mlp.main, "1", nn.SiLU()),
     "mlp.main.1 is not the exact GELU": lambda layer: replace(layer.mlp.main, "1", nn.GELU("tanh")),
-    "mlp.main is not Linear, GELU, Linear": lambda layer: layer.mlp.main.append(nn.Dropout()),
+    "mlp.main is not Linear, exact GELU, Linear": lambda layer: layer.mlp.main.append(nn.Dropout()),
     "mlp.norm has a bias that is a NoneType": lambda layer: replace(layer.mlp, "norm", nn.LayerNorm(64, bias=False)),
-    "attention.norm has shape (10, 64)": lambda layer: replace(layer.attention, "norm", nn.LayerNorm((10, 64))),
+    "attention.norm has shape (10, 64), not (64,)": lambda layer: replace(
+        layer.attention, "norm", nn.LayerNorm((10, 64))
+    ),
     "attention.proj has a weight that is a Marked": lambda layer: replace(
         layer.attention.proj, "weight", nn.Parameter(layer.attention.proj.weight.detach().as_subclass(Marked))
     ),
@@ -235,9 +237,9 @@ def test_changed_layers_change_the_model(model, calls, untold):
 def test_a_changed_layer_is_compiled_without_a_graph_break(untold):
     layer, h = random_flow(**CONFIG).blocks[0].attn_blocks[0], torch.randn(2, 10, 64)
     layer.attention.qkv = Adapter(layer.attention.qkv)
-    expected = layer(h, "torch")
+    expected = layer(h)
     with pytest.warns(RuntimeWarning, match="instead of fused kernels: attention.qkv is a Adapter"):
-        compiled = torch.compile(layer, fullgraph=True, backend="eager")(h, "triton")
+        compiled = torch.compile(fused_layers, fullgraph=True, backend="eager")([layer], h, "triton")
     torch.testing.assert_close(compiled, expected, rtol=1e-6, atol=1e-6)
 
 

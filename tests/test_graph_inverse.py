@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import inspect
 import os
-import sys
 import warnings
 
 import pytest
@@ -16,9 +15,12 @@ from torch import nn
 
 from tarflow_fast import reference
 from tarflow_fast.block import MetaBlock
-from tarflow_fast.inverse import Guidance, InverseCall, invert_block
-from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph, prepare_graph, why_not_graph
+from tarflow_fast.engines.call import Call
+from tarflow_fast.engines.triton import TritonEngine, invert_graph, prepare_graph
+from tarflow_fast.engines.triton_graph import GraphWorkspace
+from tarflow_fast.engines.weights import inspect as weights_of
 from tarflow_fast.ops.registry import triton_missing, triton_refuses, warn_once
+from tarflow_fast.transforms import Guidance
 
 GUIDED = Guidance(1.5, "ab", attn_temp=0.6)
 ANNEALED = Guidance(0.8, "a", attn_temp=1.7, annealed=True)
@@ -93,9 +95,9 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
     truth = reference_block(block, torch.float64).to(triton_device).reverse(z.double(), y, *arguments)
     with autocast:
         plain = reference_block(block, torch.float32).to(triton_device).reverse(z, y, *arguments)
-        workspace = GraphWorkspace(block, B, guidance.active, dtype, window=W)
+        workspace = GraphWorkspace(weights_of(block), B, guidance.active, dtype, window=W)
         workspace.prepare()
-        x, log_det = invert_graph(block, z, y, guidance, workspace)
+        x, log_det = invert_graph(block.bijection, z, y, guidance, workspace)
     assert_accurate("x", x.cpu(), truth.cpu(), plain.cpu())
     assert torch.equal(z, kept), "the caller's noise is never written"
     # Of the guided net there is no forward pass; without guidance forward must give the noise and -log_det back.
@@ -110,9 +112,9 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["plain", "guided"])
 def test_log_det_is_that_of_the_sequential_inverse(guidance, triton_device):
     block, z = make_block().to(triton_device), noise().to(triton_device)
-    _, log_det = invert_graph(block, z, None, guidance)
+    _, log_det = invert_graph(block.bijection, z, None, guidance)
     exact, plain = (
-        invert_block(copy.deepcopy(block).to(kind), z.to(kind), None, guidance, InverseCall("torch"))[1]
+        copy.deepcopy(block).to(kind).invert(z.to(kind), None, guidance, Call("torch"))[1]
         for kind in (torch.float64, torch.float32)
     )
     assert_accurate("log_det", log_det.cpu(), exact.cpu(), plain.cpu())
@@ -122,26 +124,26 @@ def test_log_det_is_that_of_the_sequential_inverse(guidance, triton_device):
 def test_a_workspace_serves_every_block_and_remembers_nothing(triton_device):
     first, second = (make_block(seed, flip=bool(seed), T=3).to(triton_device) for seed in (0, 1))
     z, ticks = noise(T=3).to(triton_device), []
-    workspace = prepare_graph(first, z, Guidance())
-    once = invert_graph(first, z, None, Guidance(), workspace, lambda: ticks.append(1))
+    workspace = prepare_graph(weights_of(first), z, Guidance())
+    once = invert_graph(first.bijection, z, None, Guidance(), workspace, lambda: ticks.append(1))
     assert len(ticks) == 2
-    other = invert_graph(second, z, None, Guidance(), workspace)
+    other = invert_graph(second.bijection, z, None, Guidance(), workspace)
     assert not torch.equal(other[0], once[0])
     for block, expected in ((first, once), (second, other)):
-        again = invert_graph(block, z, None, Guidance(), workspace)
-        fresh = invert_graph(block, z, None, Guidance())
+        again = invert_graph(block.bijection, z, None, Guidance(), workspace)
+        fresh = invert_graph(block.bijection, z, None, Guidance())
         assert all(map(same_bits, again, expected)) and all(map(same_bits, fresh, expected))
     with pytest.raises(ValueError, match=r"^invert_graph: workspace must be one of this block's shapes"):
-        invert_graph(first, noise(rows=2, T=3).to(triton_device), None, Guidance(), workspace)
+        invert_graph(first.bijection, noise(rows=2, T=3).to(triton_device), None, Guidance(), workspace)
 
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy
 def test_a_row_that_overflows_leaves_the_others_alone(triton_device):
     block, z = make_block().to(triton_device), noise().to(triton_device)
-    clean, clean_log_det = invert_graph(block, z, None, Guidance())
+    clean, clean_log_det = invert_graph(block.bijection, z, None, Guidance())
     z[1, 2] = torch.nan
-    x, log_det = invert_graph(block, z, None, Guidance())
+    x, log_det = invert_graph(block.bijection, z, None, Guidance())
     assert x[1, 2:].isnan().all() and same_bits(x[1, :2], clean[1, :2]) and log_det[1].isnan()
     assert same_bits(x[[0, 2]], clean[[0, 2]]) and same_bits(log_det[[0, 2]], clean_log_det[[0, 2]])
 
@@ -149,11 +151,11 @@ def test_a_row_that_overflows_leaves_the_others_alone(triton_device):
 @pytest.mark.interpreter
 def test_no_rows_and_one_token(triton_device):
     block = make_block().to(triton_device)
-    x, log_det = invert_block(block, noise(rows=0).to(triton_device), None, GUIDED, InverseCall("triton"))
+    x, log_det = block.invert(noise(rows=0).to(triton_device), None, GUIDED, Call("triton"))
     assert x.shape == (0, T, D) and log_det.shape == (0,)
     short = make_block(T=1).to(triton_device)
     z = noise(T=1).to(triton_device)
-    x, log_det = invert_block(short, z, None, Guidance(), InverseCall("triton"))
+    x, log_det = short.invert(z, None, Guidance(), Call("triton"))
     assert torch.equal(x, z) and x is not z and not log_det.any()
 
 
@@ -213,7 +215,7 @@ OBJECTIONS = {
     with_adapter: "attn_blocks.1.attention.qkv is a Adapter",
     with_hook: "attn_blocks.0 has hooks",
     with_parametrization: "attn_blocks.0.mlp.main.0 is a ParametrizedLinear",
-    with_tanh_gelu: "attn_blocks.0.mlp.main is not Linear, exact GELU, Linear",
+    with_tanh_gelu: "attn_blocks.0.mlp.main.1 is not the exact GELU",
     with_half_a_layer: "a parameter is torch.float16 on cpu, pos_embed torch.float32 on cpu",
     without_bias: "there is no attn_blocks.0.attention.proj.bias",
     without_norm_weights: "there is no attn_blocks.0.mlp.norm.weight",
@@ -222,7 +224,7 @@ OBJECTIONS = {
 
 
 def by_name(block, z, **choices):
-    return invert_block(block, z, None, Guidance(), InverseCall("triton", **choices))
+    return block.invert(z, None, Guidance(), Call("triton", **choices))
 
 
 @pytest.mark.interpreter
@@ -237,10 +239,19 @@ def test_what_is_not_fused(change, triton_device):
     assert said == "block_inverse: backend 'triton' cannot run: " + OBJECTIONS[change]
 
 
+def workspace_of(call):
+    """What the engine keeps for a call that has run."""
+    return call.state("triton", None).workspace
+
+
+def refusal(block, z):
+    return TritonEngine().why_not(block.bijection, weights_of(block), z, Call())
+
+
 @pytest.mark.interpreter
 def test_what_it_cannot_compute(triton_device):
     block, z = make_block().to(triton_device), noise().to(triton_device)
-    assert why_not_graph(block, z) == ""
+    assert refusal(block, z) == ""
     cannot = r"^block_inverse: backend 'triton' cannot run: "
     with pytest.raises(RuntimeError, match=cannot + "z is a Tensor of torch.float64$"):
         by_name(block.double(), z.double())
@@ -250,7 +261,7 @@ def test_what_it_cannot_compute(triton_device):
     with pytest.raises(RuntimeError, match=cannot + "it has no gradient, and a differentiable inverse was asked for$"):
         by_name(block, z, differentiable=True)
     odd = MetaBlock(D, 48, T, num_layers=1, head_size=24).to(triton_device)
-    assert why_not_graph(odd, z) == "head size 24 is not 16, 32, 64 or 128, or the MLP no multiple of 16"
+    assert refusal(odd, z) == "head size 24 is not 16, 32, 64 or 128, or the MLP no multiple of 16"
 
 
 @pytest.mark.interpreter
@@ -262,8 +273,8 @@ def test_layers_may_share_weights(triton_device):
     apart.load_state_dict({name: value.clone() for name, value in block.state_dict().items()}, assign=True)
     assert len([*apart.parameters()]) > len([*block.parameters()])
     assert same_bits(by_name(block, z)[0], by_name(apart, z)[0])
-    workspace = prepare_graph(block, z, Guidance())
-    workspace.load(block, z, None, Guidance())
+    workspace = prepare_graph(weights_of(block), z, Guidance())
+    workspace.load(block.bijection, weights_of(block), z, None, Guidance())
     assert not any(weight.requires_grad for weight in workspace.weights.values())
 
 
@@ -271,9 +282,9 @@ def test_layers_may_share_weights(triton_device):
 def test_precision_chooses_the_storage(triton_device):
     block, z = make_block().to(triton_device), noise().to(triton_device)
     with torch.autocast(triton_device.type, torch.float16):
-        call = InverseCall("triton", "fp32")
-        x, _ = invert_block(block, z, None, Guidance(), call)
-    assert call.graph.dtype == torch.float32 and call.graph.nbytes > 0
+        call = Call("triton", "fp32")
+        x, _ = block.invert(z, None, Guidance(), call)
+    assert workspace_of(call).dtype == torch.float32 and workspace_of(call).nbytes > 0
     assert same_bits(x, by_name(block, z)[0])
 
 
@@ -281,12 +292,12 @@ def test_precision_chooses_the_storage(triton_device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here a graph can be captured")
 def test_without_a_graph_the_same_kernels_run(triton_device):
     block, z = make_block(T=3), noise(T=3)
-    workspace = GraphWorkspace(block, B, False, torch.float32)
+    workspace = GraphWorkspace(weights_of(block), B, False, torch.float32)
     workspace.capture = True
     with pytest.warns(RuntimeWarning, match="^tarflow_fast runs its GPU inverse without a CUDA graph: "):
         workspace.prepare()
     assert workspace.graph is None
-    assert same_bits(invert_graph(block, z, None, Guidance(), workspace)[0], by_name(block, z)[0])
+    assert same_bits(invert_graph(block.bijection, z, None, Guidance(), workspace)[0], by_name(block, z)[0])
 
 
 @pytest.mark.interpreter
@@ -294,7 +305,7 @@ def test_without_a_graph_the_same_kernels_run(triton_device):
 def test_one_graph_is_captured_and_replayed(triton_device, monkeypatch):
     """What CUDA is asked for: kernels warm before a capture, one capture a call, then replays alone."""
     block, z, seen = make_block(T=3), noise(T=3), []
-    expected, workspace = by_name(block, z), GraphWorkspace(block, B, False, torch.float32)
+    expected, workspace = by_name(block, z), GraphWorkspace(weights_of(block), B, False, torch.float32)
     step = workspace.step
     monkeypatch.setattr(workspace, "step", lambda: seen.append("step") or step())
 
@@ -321,7 +332,7 @@ def test_one_graph_is_captured_and_replayed(triton_device, monkeypatch):
     assert seen == ["step", "begin thread_local", "step", "end"] and workspace.graph is not None
     for _ in range(2):
         seen.clear()
-        assert all(map(same_bits, invert_graph(block, z, None, Guidance(), workspace), expected))
+        assert all(map(same_bits, invert_graph(block.bijection, z, None, Guidance(), workspace), expected))
         assert seen == ["replay"] * 2, "a replay a token, the last one excepted"
 
 
@@ -329,28 +340,28 @@ def test_one_graph_is_captured_and_replayed(triton_device, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the table is changed for CPU tensors")
 def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch, untold):
     """By name that raises; auto leaves the block to PyTorch, and warns."""
-    from tarflow_fast.ops import block_inverse as op
+    from tarflow_fast.engines import table
+    from tarflow_fast.engines import triton as engine
 
     def fails(*arguments):
         raise RuntimeError("out of shared memory")
 
-    module = sys.modules[op.__module__]
-    monkeypatch.setattr(module, "prepare_graph", fails)
-    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, auto={"cpu": ("triton", "torch")}))
+    monkeypatch.setattr(engine, "prepare_graph", fails)
+    monkeypatch.setattr(table, "TABLE", dataclasses.replace(table.TABLE, auto={"cpu": ("triton", "torch")}))
     block, z = make_block(T=3), noise(T=3)
     with pytest.raises(RuntimeError, match=r"^out of shared memory$"):
         by_name(block, z)
     with pytest.warns(RuntimeWarning, match=r"inverts on 'torch' instead of 'triton' \(cpu tensors\): out of shared"):
-        x, _ = invert_block(block, z, None, Guidance())
+        x, _ = block.invert(z, None, Guidance())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once: the next block, or call, says nothing
-        invert_block(block, z, None, Guidance())
-    assert same_bits(x, invert_block(block, z, None, Guidance(), InverseCall("torch"))[0])
+        block.invert(z, None, Guidance())
+    assert same_bits(x, block.invert(z, None, Guidance(), Call("torch"))[0])
     said = r"^block_inverse: precision 'fp32' needs an engine that computes in it: out of shared memory$"
     warn_once.cache_clear()
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match=said) as raised:
         warnings.simplefilter("error")  # nothing is inverted on 'torch' instead
-        invert_block(block.half(), z.half(), None, Guidance(), InverseCall(precision="fp32"))
+        block.half().invert(z.half(), None, Guidance(), Call(precision="fp32"))
     assert str(raised.value.__cause__) == "out of shared memory"
 
 

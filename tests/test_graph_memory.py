@@ -1,23 +1,27 @@
 """The GPU inverse within a memory limit: parts of a batch with the bits of the whole, or a refusal naming the bytes."""
 
 import dataclasses
-import sys
 import weakref
 
 import pytest
 import torch
 from compare import same_bits
 from flows import random_flow
-from test_graph_inverse import GUIDED, make_block, no_grad, noise, triton_device  # noqa: F401
+from test_graph_inverse import GUIDED, make_block, no_grad, noise, triton_device, workspace_of  # noqa: F401
 
-from tarflow_fast.inverse import Guidance, InverseCall, graph, invert_block
-from tarflow_fast.inverse.graph import GraphWorkspace, device_memory_left, invert_graph, prepare_graph, rows_together
+from tarflow_fast.engines import memory
+from tarflow_fast.engines import triton as graph
+from tarflow_fast.engines.call import Call
+from tarflow_fast.engines.triton import device_memory_left, invert_graph, prepare_graph, rows_together
+from tarflow_fast.engines.triton_graph import GraphWorkspace
+from tarflow_fast.engines.weights import inspect
+from tarflow_fast.transforms import Guidance
 
 ROWS, TOKENS = 7, 3
 
 
 def bytes_of(block, rows, guided=False, batch=ROWS):
-    return GraphWorkspace(block, rows, guided, torch.float32, batch=batch).nbytes
+    return GraphWorkspace(inspect(block), rows, guided, torch.float32, batch=batch).nbytes
 
 
 @pytest.mark.interpreter
@@ -25,7 +29,7 @@ def test_bytes_are_known_before_anything_is_allocated(triton_device):  # noqa: F
     block = make_block().to(triton_device)
     for rows in (1, 3, ROWS):
         limit = bytes_of(block, rows, True)
-        assert rows_together(block, ROWS, True, torch.float32, limit) == (rows, limit)
+        assert rows_together(inspect(block), ROWS, True, torch.float32, limit) == (rows, limit)
 
 
 @pytest.mark.interpreter
@@ -34,12 +38,13 @@ def test_parts_have_the_bits_of_the_whole(together, parts, triton_device):  # no
     """Seven rows by fours: the last part reaches back over a row that is solved already."""
     block = make_block(num_classes=3, flip=True, T=TOKENS).to(triton_device)
     z, y = noise(rows=ROWS, T=TOKENS).to(triton_device), torch.tensor([0, 1, 2, -1, 0, 2, 1], device=triton_device)
-    whole, ticks = InverseCall("triton"), []
-    expected = invert_block(block, z, y, GUIDED, whole)
-    assert whole.graph.B == ROWS
-    call = InverseCall("triton", memory_limit=bytes_of(block, together, True))
-    got = invert_block(block, z, y, GUIDED, call, lambda: ticks.append(1))
-    assert call.graph.B == together and -(-ROWS // together) == parts and call.graph.nbytes <= call.memory_limit
+    whole, ticks = Call("triton"), []
+    expected = block.invert(z, y, GUIDED, whole)
+    assert workspace_of(whole).B == ROWS
+    call = Call("triton", memory_limit=bytes_of(block, together, True))
+    got = block.invert(z, y, GUIDED, call, lambda: ticks.append(1))
+    workspace = workspace_of(call)
+    assert workspace.B == together and -(-ROWS // together) == parts and workspace.nbytes <= call.memory_limit
     assert all(map(same_bits, got, expected))
     assert len(ticks) == TOKENS - 1, "a token counts once it is solved in every part"
 
@@ -60,14 +65,14 @@ def test_the_parts_of_a_sample_share_one_graph(triton_device, monkeypatch):  # n
 def test_parts_are_as_equal_as_can_be(triton_device):  # noqa: F811
     """Room for five of seven rows: two parts of four, not five and two; for 49 of 100: three parts."""
     block = make_block().to(triton_device)
-    assert rows_together(block, ROWS, False, torch.float32, bytes_of(block, 5))[0] == 4
-    assert rows_together(block, 100, False, torch.float32, bytes_of(block, 49, batch=100))[0] == 34
+    assert rows_together(inspect(block), ROWS, False, torch.float32, bytes_of(block, 5))[0] == 4
+    assert rows_together(inspect(block), 100, False, torch.float32, bytes_of(block, 49, batch=100))[0] == 34
 
 
 @pytest.mark.interpreter
 def test_one_row_over_the_limit(triton_device, monkeypatch):  # noqa: F811
     """It says what is missing, by name and by auto alike: PyTorch would need no less."""
-    from tarflow_fast.ops import block_inverse as op
+    from tarflow_fast.engines import table
 
     block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
     one = bytes_of(block, 1)
@@ -77,14 +82,13 @@ def test_one_row_over_the_limit(triton_device, monkeypatch):  # noqa: F811
         rf"over the limit of {one - 1:,}$"
     )
     with pytest.raises(MemoryError, match=said):
-        invert_block(block, z, None, Guidance(), InverseCall("triton", memory_limit=one - 1))
-    module = sys.modules[op.__module__]
+        block.invert(z, None, Guidance(), Call("triton", memory_limit=one - 1))
     monkeypatch.delenv("TARFLOW_FAST_BACKEND", raising=False)
     auto = dict.fromkeys(("cpu", "cuda"), ("triton", "torch"))
-    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, auto=auto))
+    monkeypatch.setattr(table, "TABLE", dataclasses.replace(table.TABLE, auto=auto))
     with pytest.raises(MemoryError, match=said):
-        invert_block(block, z, None, Guidance(), InverseCall(memory_limit=one - 1))
-    assert invert_block(block, z, None, Guidance(), InverseCall(memory_limit=one))[0].shape == z.shape
+        block.invert(z, None, Guidance(), Call(memory_limit=one - 1))
+    assert block.invert(z, None, Guidance(), Call(memory_limit=one))[0].shape == z.shape
 
 
 @pytest.mark.interpreter
@@ -92,28 +96,31 @@ def test_the_default_limit_is_what_the_device_has_left(triton_device, monkeypatc
     block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
     asked = []
     monkeypatch.setattr(graph, "device_memory_left", lambda device: asked.append(device) or bytes_of(block, 4))
-    assert prepare_graph(block, z, Guidance()).B == ROWS and not asked, "so little is taken without a look"
-    monkeypatch.setattr(graph, "_UNCHECKED", 0)
-    workspace = prepare_graph(block, z, Guidance())
+    assert prepare_graph(inspect(block), z, Guidance()).B == ROWS and not asked, "so little is taken without a look"
+    monkeypatch.setattr(memory, "UNCHECKED", 0)
+    workspace = prepare_graph(inspect(block), z, Guidance())
     assert workspace.B == 4 and asked == [z.device]
     assert same_bits(
-        invert_graph(block, z, None, Guidance(), workspace)[0], invert_graph(block, z, None, Guidance())[0]
+        invert_graph(block.bijection, z, None, Guidance(), workspace)[0],
+        invert_graph(block.bijection, z, None, Guidance())[0],
     )
-    assert prepare_graph(block, z, Guidance(), memory_limit=bytes_of(block, ROWS)).B == ROWS, "a limit given counts"
+    assert prepare_graph(inspect(block), z, Guidance(), memory_limit=bytes_of(block, ROWS)).B == ROWS, (
+        "a limit given counts"
+    )
 
 
 @pytest.mark.interpreter
 def test_a_workspace_that_does_not_fit_is_released_before_the_next_is_sized(triton_device, monkeypatch):  # noqa: F811
     block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
-    old = prepare_graph(block, z, Guidance())
+    old = prepare_graph(inspect(block), z, Guidance())
     cache, alive = weakref.ref(old.cache), []
     monkeypatch.setattr(graph, "rows_together", lambda *given: alive.append(cache()) or rows_together(*given))
-    assert prepare_graph(block, z, Guidance(), old) is old and not alive
-    new = prepare_graph(block, z[:2], Guidance(), old)
+    assert prepare_graph(inspect(block), z, Guidance(), old) is old and not alive
+    new = prepare_graph(inspect(block), z[:2], Guidance(), old)
     assert alive == [None] and new.B == 2
     with pytest.raises(ValueError, match=r"^invert_graph: workspace must be one of this block's shapes"):
-        invert_graph(block, z, None, Guidance(), old)
-    assert prepare_graph(block, z, Guidance(), old).B == ROWS, "one released fits no call"
+        invert_graph(block.bijection, z, None, Guidance(), old)
+    assert prepare_graph(inspect(block), z, Guidance(), old).B == ROWS, "one released fits no call"
 
 
 def test_what_a_gpu_has_left(monkeypatch):

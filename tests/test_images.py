@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tarflow_fast.images import make_grid, save_grid, save_image, side_by_side, to_uint8
+from tarflow_fast.data.images import make_grid, save_grid, save_image, side_by_side, to_uint8
 
 
 def test_to_uint8_rounds_and_clips():

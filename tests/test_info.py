@@ -9,6 +9,7 @@ from torch import nn
 
 from tarflow_fast import info, native, verify
 from tarflow_fast.cli import main
+from tarflow_fast.ops.registry import OPS
 
 
 def test_info_is_json_and_text():
@@ -35,7 +36,7 @@ def test_verify_is_ok_here():
 
 @pytest.mark.parametrize("wrong", [1e-3, torch.nan])
 def test_verify_notices_a_wrong_kernel(monkeypatch, wrong):
-    backends = verify.OPS["affine"].backends
+    backends = OPS["affine"].backends
     broken = backends["cpu"].__class__(
         lambda x, ab, flip: (backends["torch"].forward(x, ab, flip)[0], torch.full(x.shape[:1], wrong)),
         backends["cpu"].backward,

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from engine_cases import BlockCase, random_block
+from engine_cases import BlockCase, given, random_block
 
 from tarflow_fast import native
-from tarflow_fast.inverse import Guidance, engine
-from tarflow_fast.inverse.memory import available_memory
+from tarflow_fast.engines import cpu as engine
+from tarflow_fast.engines import memory
+from tarflow_fast.engines.memory import available_memory
+from tarflow_fast.transforms import Guidance
 
 GIB = 2**30
 MEMINFO = "MemTotal:       32000000 kB\nMemAvailable:   10485760 kB\n"  # 10 GiB available
@@ -72,8 +74,8 @@ def test_memory_held_from_the_block_before_counts_as_left(monkeypatch):
     inversion, groups = engine.Engine("fp32"), []
     run = inversion._run
     monkeypatch.setattr(inversion, "_run", lambda job, *rest: (groups.append(job.batch), run(job, *rest)))
-    monkeypatch.setattr(engine, "_UNCHECKED", 0)
+    monkeypatch.setattr(memory, "UNCHECKED", 0)
     for left in (10**9, 0):
         monkeypatch.setattr(engine, "available_memory", lambda held, left=left: left + held)
-        inversion.invert(*case)
+        inversion.invert(*given(case))
     assert groups == [9, 9]

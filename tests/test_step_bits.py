@@ -11,7 +11,9 @@ from compare import same_bits
 from test_graph_inverse import GUIDED, make_block, no_grad, noise, triton_device  # noqa: F401
 from test_step_kernels import draw, dtype, scratch_for  # noqa: F401
 
-from tarflow_fast.inverse.graph import GraphWorkspace, invert_graph
+from tarflow_fast.engines.triton import invert_graph
+from tarflow_fast.engines.triton_graph import GraphWorkspace
+from tarflow_fast.engines.weights import inspect
 
 MANY, T, H, E = 40, 90, 2, 16
 C, HIDDEN = H * E, 128
@@ -168,10 +170,10 @@ def test_affine_inverse(guided, dtype, device):  # noqa: F811
 def test_a_whole_block(triton_device):  # noqa: F811
     """One row of forty, with the tiles of forty, and among five others with those."""
     block, z = make_block(T=3).to(triton_device), noise(rows=MANY, T=3).to(triton_device)
-    together = invert_graph(block, z, None, GUIDED)
+    together = invert_graph(block.bijection, z, None, GUIDED)
     for rows in ([ROW], [1, 2, ROW, 3, 4]):
-        workspace = GraphWorkspace(block, len(rows), True, torch.float32, batch=MANY)
-        workspace.load(block, z[rows], None, GUIDED)
+        workspace = GraphWorkspace(inspect(block), len(rows), True, torch.float32, batch=MANY)
+        workspace.load(block.bijection, inspect(block), z[rows], None, GUIDED)
         workspace.run()
         at = rows.index(ROW)
         assert same_bits(workspace.x[at], together[0][ROW])

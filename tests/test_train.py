@@ -13,11 +13,11 @@ from training import metrics, tiny, trainer_of, write_image
 
 from tarflow_fast.data import sample_order, to_unit
 from tarflow_fast.model import TarFlow
-from tarflow_fast.parallel import Workers
-from tarflow_fast.train import train
-from tarflow_fast.train_config import TrainConfig, from_file
-from tarflow_fast.trainer import CHECKPOINT, nll_per_dim
-from tarflow_fast.training_state import Ema, read_state
+from tarflow_fast.training.config import TrainConfig, from_file
+from tarflow_fast.training.parallel import Workers
+from tarflow_fast.training.run import train
+from tarflow_fast.training.state import Ema, read_state
+from tarflow_fast.training.trainer import CHECKPOINT, nll_per_dim
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +240,7 @@ def test_a_run_repeats_from_its_train_json(tmp_path):
 @pytest.mark.parametrize("lazy", [False, True])
 def test_folder_of_images(tmp_path, monkeypatch, lazy):
     if lazy:
-        monkeypatch.setattr("tarflow_fast.data.load_folder.__defaults__", (3, 0))
+        monkeypatch.setattr("tarflow_fast.data.sets.load_folder.__defaults__", (3, 0))
     pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 16, 3))
     for i, picture in enumerate(pixels):
         write_image(tmp_path / "set" / "ab"[i % 2] / f"{i:02}.png", picture)

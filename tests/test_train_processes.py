@@ -11,10 +11,10 @@ import pytest
 import torch
 from training import command, metrics, tiny, tiny_flags
 
-from tarflow_fast.parallel import Workers, workers
-from tarflow_fast.train import train
-from tarflow_fast.trainer import CHECKPOINT, Trainer
-from tarflow_fast.training_state import read_state
+from tarflow_fast.training.parallel import Workers, workers
+from tarflow_fast.training.run import train
+from tarflow_fast.training.state import read_state
+from tarflow_fast.training.trainer import CHECKPOINT, Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_sigterm_ends_the_program_cleanly(tmp_path):
 SAVING = """
 import sys, torch
 from pathlib import Path
-from tarflow_fast.training_state import Ema, save_state
+from tarflow_fast.training.state import Ema, save_state
 model = torch.nn.Linear(600, 600)
 ema, optimizer = Ema(torch.nn.Linear(600, 600), 0.9), torch.optim.AdamW(model.parameters())
 for step in range(10**9):

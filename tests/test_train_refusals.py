@@ -7,9 +7,9 @@ import pytest
 import torch
 from training import metrics, tiny
 
-from tarflow_fast.train import train
-from tarflow_fast.train_config import FIXED, from_file
-from tarflow_fast.trainer import CHECKPOINT
+from tarflow_fast.training.config import FIXED, from_file
+from tarflow_fast.training.run import train
+from tarflow_fast.training.trainer import CHECKPOINT
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import tarflow_fast
-from tarflow_fast.parallel import Workers
-from tarflow_fast.train_config import TrainConfig
-from tarflow_fast.trainer import Trainer
+from tarflow_fast.training.config import TrainConfig
+from tarflow_fast.training.parallel import Workers
+from tarflow_fast.training.trainer import Trainer
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 ROOT = Path(tarflow_fast.__file__).parents[1]

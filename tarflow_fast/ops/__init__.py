@@ -4,7 +4,6 @@ from tarflow_fast.ops.affine import affine, affine_ref
 from tarflow_fast.ops.attention import attention, attention_qkv, attention_ref
 from tarflow_fast.ops.bias_gelu import bias_gelu, bias_gelu_ref
 from tarflow_fast.ops.bias_residual import bias_residual, bias_residual_ref
-from tarflow_fast.ops.block_inverse import block_inverse
 from tarflow_fast.ops.layer_norm import layer_norm, layer_norm_ref
 from tarflow_fast.ops.registry import explain
 
@@ -18,7 +17,6 @@ __all__ = [
     "bias_gelu_ref",
     "bias_residual",
     "bias_residual_ref",
-    "block_inverse",
     "explain",
     "layer_norm",
     "layer_norm_ref",

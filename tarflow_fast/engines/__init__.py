@@ -1,0 +1,1 @@
+"""Engines: which machine evaluates the net of a flow block, and how."""

@@ -1,0 +1,1 @@
+"""Training: settings, the trainer, its state, several processes, and the run that ties them together."""
