@@ -1,5 +1,5 @@
-# One command a job. A CPU build of torch is the default, so that nothing larger is pulled in; choose another with
-#   make demo TORCH="torch>=2.9"
+# There is one command for each job. The default is a CPU build of torch, because it is the smallest; choose another
+# with make demo TORCH="torch>=2.9"
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
@@ -11,14 +11,15 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/tarflow-fast demo $(ARGS)
 
-# two processes of one thread each: two of two would spin against each other (measured: 20 times slower)
+# The tests run in two processes with one thread each. With two threads each, the threads would spin while they wait for
+# one another's cores; that was measured to be 20 times slower.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
-# no install: torch, triton, numpy, pytest and safetensors of $(PYTHON), on a machine with a GPU
+# For a machine with a GPU. It installs nothing and uses $(PYTHON)'s torch, triton, numpy, pytest and safetensors.
 gpu:
 	$(PYTHON) bench/gpu.py $(ARGS)
 
@@ -30,7 +31,7 @@ build: $(VENV)/.demo
 	$(BIN)/pip install -q "setuptools>=77" ninja
 	$(BIN)/python setup.py build_ext --inplace
 
-# torch first and alone: a range resolved together with other packages may pull another build
+# torch is installed first and alone, because pip may choose another build when it resolves other packages with it.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"

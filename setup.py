@@ -1,11 +1,13 @@
-"""Builds csrc/cpu into tarflow_fast/_tarflow_cpu.so: C++17 and nothing else, every file once per instruction set. Where
-nvcc is found, csrc/cuda into tarflow_fast/_tarflow_cuda.so.
+"""Builds csrc/cpu into tarflow_fast/_tarflow_cpu.so. It needs C++17 only; every file is built once per instruction set.
 
-CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   as everywhere
-TARFLOW_FAST_REQUIRE_NATIVE=1      a failed build fails the install; otherwise it is written to build_report.json, which
-                                   `tarflow-fast info` shows, and PyTorch does the work
-TARFLOW_FAST_CUDA=0 or 1           do not build the CUDA library, or fail the install where that fails
-NVCC                               the CUDA compiler to use
+If nvcc is found, csrc/cuda is built into tarflow_fast/_tarflow_cuda.so. These environment variables change the build:
+
+CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   have their usual meaning
+TARFLOW_FAST_REQUIRE_NATIVE=1      makes the install fail if the build fails. Otherwise the failure is written to
+                                   build_report.json, which `tarflow-fast info` shows, and PyTorch does the work.
+TARFLOW_FAST_CUDA=0                leaves the CUDA library out
+TARFLOW_FAST_CUDA=1                makes the install fail if the CUDA library cannot be built
+NVCC                               names the CUDA compiler to use
 """
 
 import json
@@ -32,13 +34,13 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/c
 CUDA_SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu"))
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h") if "cuda" not in path.parts)
 
-# No contraction: a * b + c rounds twice unless the code says fma, so that every compiler gives the same bits.
+# Contraction is off: a * b + c rounds twice unless the code says fma, so that every compiler gives the same bits.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-fstack-protector-strong", "-Wall", "-Wextra"]
 LINK_FLAGS = ["-shared"] + (["-Wl,-z,relro,-z,now,-z,noexecstack,--as-needed"] if sys.platform == "linux" else [])
 
-# A100 and H100/H200, and PTX for what comes after. The runtime is linked in: torch brings one of its own, and both use
-# the same context.
+# Code for A100 (sm_80) and for H100 and H200 (sm_90), and PTX for later GPUs. The CUDA runtime is linked in statically;
+# torch brings a runtime of its own, and both use the same context.
 CUDA_FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-cudart", "static"]
 CUDA_FLAGS += ["--threads", "2"]
 for code in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"):
@@ -46,7 +48,7 @@ for code in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=c
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-ISAS = {  # name: (flags, an expression the compiler must understand under them)
+ISAS = {  # name: (flags, an expression that the compiler must accept with them)
     "baseline": ([], "0"),
     "avx2": (AVX2, "(int)_mm256_cvtss_f32(_mm256_fmadd_ps(_mm256_set1_ps(1), _mm256_set1_ps(1), _mm256_set1_ps(1)))"),
     "avx512": (AVX512, "(int)_mm512_cvtss_f32(_mm512_scalef_ps(_mm512_set1_ps(1), _mm512_set1_ps(1)))"),
@@ -59,10 +61,10 @@ ISAS = {  # name: (flags, an expression the compiler must understand under them)
 
 
 class BuildNative(build_ext):
-    """Compiles the library itself instead of through distutils, which has no flags per file; reports what it did."""
+    """Compiles the library itself and reports what it did. distutils would not do: it has no flags per file."""
 
     def get_ext_filename(self, fullname):
-        # No Python tag in the name: ctypes loads it, so one build serves every Python.
+        # The name has no Python tag: ctypes loads the library, so one build serves every Python.
         return os.path.join(*fullname.split(".")[:-1], LIBRARY)
 
     def run(self):
@@ -75,7 +77,7 @@ class BuildNative(build_ext):
         report = {"ok": False, "error": None, "isas": {}}
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        library.unlink(missing_ok=True)  # a library of an earlier build must not pass for this one
+        library.unlink(missing_ok=True)  # if this build fails, the library of an earlier one must not stand in for it
         started = time.perf_counter()
         try:
             compile_library(library, Path(self.build_temp).resolve(), report)
@@ -115,7 +117,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 def compile_library(library, temp, report):
-    """Everything about the compiler is found by trying it; what was found goes into the report."""
+    """Compile the CPU library. What the compiler can do is found by trying it, and goes into the report."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [find_compiler()]
     report["compiler"] = shlex.join(compiler)
     report["compiler_version"] = run([*compiler, "--version"]).splitlines()[0]
@@ -159,7 +161,7 @@ def compile_library(library, temp, report):
 
 
 def build_cuda(library):
-    """Compiles the CUDA library, or says why not; it is optional, and nothing here raises."""
+    """Compile the CUDA library, or report why that failed. The library is optional, so nothing here raises."""
     report = {"ok": False, "error": None}
     library.unlink(missing_ok=True)
     started = time.perf_counter()
@@ -197,7 +199,7 @@ def run(command):
 
 
 def probe(compiler, flags, code):
-    """None when a shared library of `code` can be built with `flags`, else the compiler's words."""
+    """None if a shared library of `code` can be built with `flags`; otherwise what the compiler said."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(code + "\n")

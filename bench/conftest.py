@@ -1,7 +1,7 @@
-"""`pytest bench/ --benchmark-only`: about eight minutes. `--full` adds the published sizes at full length, an hour.
+"""`pytest bench/ --benchmark-only` takes eight minutes or so. `--full` adds the published sizes (an hour).
 
-The tables at the end are the result; `--save NAME` writes them, with machine, versions and every timing, to
-bench/results/NAME/.
+The tables at the end are the result. `--save NAME` writes them to bench/results/NAME/, with the machine, the versions
+and every timing.
 """
 
 import sys
@@ -25,7 +25,7 @@ def full(request):
 
 @pytest.fixture
 def table():
-    """table(name, row): adds a row, a dict, to a table of the report."""
+    """table(name, row) adds a row, which is a dict, to a table of the report."""
     return lambda name, row: TABLES.setdefault(name, []).append(row)
 
 

@@ -1,13 +1,14 @@
-"""Bytes and FLOPs of an inverse, by formula: what any sequential implementation must move and multiply.
+"""Bytes and FLOPs of an inverse by formula: what every sequential implementation must move and multiply.
 
-A step solves one token: it reads every weight of the block once (all R rows share the read) and, for each row, the
-keys and values of the tokens before it. T - 1 steps, since the last token needs none.
+A step solves one token. It reads every weight of the block once, because all R rows share the read, and for each row it
+reads the keys and values of the tokens before it. There are T - 1 steps, because nothing depends on the last token.
 
     weights   12 C^2 L + 3 C D numbers a step            (qkv 3, proj 1, fc1 4, fc2 4;  proj_in 1 and proj_out 2 of C D)
     cache     2 C L R (i + 1) numbers read at step i, 2 C L R written
     FLOPs     2 R (weights) + 4 C L R (i + 1)
 
-The CPU engine keeps proj_in and proj_out in float32 in every precision, the GPU in the storage type (end_size).
+The CPU engine keeps proj_in and proj_out in float32 in every precision; the GPU path keeps them in the storage type
+(end_size).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from workloads import Workload
 
-BYTES = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2)}  # of a weight, of a cached number
+BYTES = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2)}  # bytes of a weight, bytes of a cached number
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Cost:
         return self.weight_bytes + self.cache_bytes
 
     def floor(self, bandwidth: float, flops: float) -> float:
-        """Seconds below which it cannot be done at these peaks, reads and arithmetic overlapping perfectly."""
+        """The least seconds it can take at these peaks, if reads and arithmetic overlap perfectly."""
         return max(self.bytes / bandwidth, self.flops / flops)
 
 
 def part_costs(workload: Workload, B: int, guided: bool, precision: str = "fp32", end_size: int = 4) -> dict[str, Cost]:
-    """What each part of the passes costs, under the names of the engine's clock.
+    """What each part of the passes costs; the parts have the names of the engine's clock.
 
     end_size: bytes of a weight of proj_in and proj_out.
     """
@@ -66,6 +67,6 @@ def inverse_cost(workload: Workload, B: int, guided: bool, precision: str = "fp3
 
 
 def weights_in_memory(workload: Workload, precision: str) -> float:
-    """Bytes of one block's weights: whether they stream from memory or stay in the cache."""
+    """Bytes of one block's weights. They decide whether the weights stream from memory or stay in the cache."""
     C = workload.channels
     return 12 * C * C * workload.layers_per_block * BYTES[precision][0] + 3 * C * workload.D * 4

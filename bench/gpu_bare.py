@@ -1,6 +1,6 @@
-"""Makes a bare checkout importable: no install, no native library. Also a pytest plugin (`-p gpu_bare`) that does it.
+"""Makes a checkout importable that was not installed and has no native library. `-p gpu_bare` does the same for pytest.
 
-In an installed package `tarflow_fast.kernels.triton` is mapped to the folder kernels/triton; here that is done by hand.
+An installation maps `tarflow_fast.kernels.triton` to the folder kernels/triton; this module does it by hand.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
-"""Each kernel of a sampling step, and attention over a whole sequence, against cuBLAS, cuDNN and flash attention.
+"""Times each kernel of a sampling step, and attention over a whole sequence, against cuBLAS, cuDNN and flash attention.
 
-A step's kernels are timed as a CUDA graph that walks through the 8 layers of a block: their weights are more than L2
-holds, so every run reads memory, as in use.
+The kernels of a step are timed as a CUDA graph that walks through the 8 layers of a block. Their weights do not fit
+into L2, so every run reads them from memory, as it does in use.
 """
 
 import torch
@@ -15,7 +15,10 @@ RUNS, WARM = 7, 2
 
 
 def step_kernels(inverse, B, guided):
-    """One row a kernel and variant, per layer. inverse: gpu_inverse.Inverse, whose block is taken."""
+    """Record one row for each kernel and variant, with the time for one layer.
+
+    inverse: a gpu_inverse.Inverse, whose block is used.
+    """
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
     from tarflow_fast.kernels.triton.step_embed import embed
@@ -113,7 +116,7 @@ def step_kernels(inverse, B, guided):
 
 
 def attention(timer, record, dtype, T, tiny=False):
-    """Causal attention of a whole sequence, head size 64, 16k tokens: forward, and forward with backward."""
+    """Time causal attention over whole sequences, 16k tokens in all, head size 64: forward, and with backward."""
     import tarflow_fast.ops as ops
 
     H, E = (1, 64) if tiny else (12, 64)
@@ -136,7 +139,7 @@ def attention(timer, record, dtype, T, tiny=False):
 
     kinds = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}
     variants |= {name: sdpa(kind) for name, kind in ({"SDPA": SDPBackend.MATH} if tiny else kinds).items()}
-    flops = 2 * B * H * T * T * E  # two products, half of them masked
+    flops = 2 * B * H * T * T * E  # two products, and the mask removes half of each
     note = f"T={T} H={H} E={E}"
     for variant, forward in variants.items():
         try:
@@ -151,16 +154,17 @@ def attention(timer, record, dtype, T, tiny=False):
 def forward_and_backward(
     section, name, variant, timer, record, dtype, forward, leaves, pull, note, work, unit, **about
 ):
-    """Two rows. As CUDA graphs: a kernel of 0.1 ms takes less time than Python to launch it.
+    """Record two rows: forward, and forward with backward.
 
-    work: (of forward, of both), in `unit`: "flops" or "moved".
+    Both run as CUDA graphs, because Python takes longer to launch a kernel of 0.1 ms than the kernel takes to run.
+    work: the amounts of forward and of both, in `unit`, which is "flops" or "moved".
     """
 
     def both():
         return torch.autograd.grad(forward(), leaves, pull)
 
     for what, run, amount in (("forward", forward, work[0]), ("forward+backward", both, work[1])):
-        run()  # an error here is one of the variant, not of the capture
+        run()  # an error here belongs to the variant and not to the capture
         said = note
         try:
             launch = timer.graph(run)
@@ -172,7 +176,7 @@ def forward_and_backward(
 
 
 def density(timer, record, dtype, tiny=False):
-    """The ops between the matrix products of training, 16k tokens: ours against PyTorch's."""
+    """Time the ops between the matrix products of training, at 16k tokens: ours against PyTorch's."""
     from tarflow_fast import ops
     from tarflow_fast.ops.registry import OPS
 
@@ -185,7 +189,7 @@ def density(timer, record, dtype, tiny=False):
     h, gain, shift, wide_shift = leaf(rows, C), leaf(C), leaf(C), leaf(4 * C)
     x, wide = leaf(rows, C, kind=dtype), leaf(rows, 4 * C, kind=dtype)
     tokens, ab = leaf(max(rows // 1024, 1), min(rows, 1024), D), leaf(max(rows // 1024, 1), min(rows, 1024), 2 * D)
-    cases = {  # op: (of a backend, leaves, bytes an element read and written forward, and backward, elements)
+    cases = {  # op: (call on a backend, leaves, bytes moved for each element forward, the same backward, elements)
         "layer_norm": (
             lambda b: ops.layer_norm(h, gain, shift, 1e-5, dtype, b),
             [h, gain, shift], 4 + size, size + 8, h.numel(),

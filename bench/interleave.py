@@ -1,4 +1,4 @@
-"""Timing side by side: on a shared machine timings made apart cannot be compared, so every round runs every variant."""
+"""Timing side by side. Times taken apart cannot be compared on a shared machine, so every round runs every variant."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def timed(run: Callable[[], object]) -> float:
 
 
 class Interleaved:
-    """Rounds of several variants in turn, starting from another one each round so that none has a fixed neighbour.
+    """Rounds that run several variants in turn. Each round starts from another one, so that none has a fixed neighbour.
 
-    twice: every variant runs twice in a round. The first run, in `cold`, finds the caches as another variant left them;
-    the second, which counts, as a loop of calls would.
+    twice: every variant runs twice in a round. The first run finds the caches as another variant left them; its time
+    goes to `cold`. The second run counts: it finds the caches as a call in a loop would.
     """
 
     def __init__(self, variants: dict[str, Callable[[], object]], twice: bool = False) -> None:
@@ -47,6 +47,6 @@ class Interleaved:
         return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "rounds": len(values)}
 
     def ratio(self, name: str, baseline: str, cold: bool = False) -> float:
-        """Median over rounds of baseline / name, each ratio from one round: slow seconds hit both."""
+        """The median over rounds of baseline / name. Both times are from one round, so slow seconds hit both."""
         seconds = self.cold if cold else self.seconds
         return statistics.median(b / n for b, n in zip(seconds[baseline], seconds[name], strict=True))

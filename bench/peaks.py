@@ -1,4 +1,4 @@
-"""What this machine does at best, measured in the same run as what is held against it."""
+"""The best rates of this machine, measured in the same run as the figures that are compared with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tarflow_fast import native
 
 @functools.cache
 def _block() -> torch.Tensor:
-    """512 MiB that no cache holds, private and in huge pages where the system has them, as the engine's own memory."""
+    """512 MiB, which no cache holds; private and in huge pages if the system has them, like the engine's own memory."""
     if not sys.platform.startswith("linux"):
         return torch.ones(1 << 27)
     size, huge = 1 << 29, 1 << 21
@@ -29,17 +29,17 @@ def _block() -> torch.Tensor:
 def read_rate(threads: int) -> float:
     """Bytes a second of one pass over memory.
 
-    To be taken between the rounds of what is held against it: on a virtual machine it changes with the neighbours (47
-    and 75 GB/s were seen within seconds).
+    Take it between the rounds that are compared with it, because on a virtual machine it changes with the neighbours:
+    47 and 75 GB/s were seen within seconds.
     """
     block = _block()
     return _rate(lambda: native.library().tf_peak_read(block.data_ptr(), block.numel(), threads))
 
 
 def flop_rates(threads: int) -> dict[str, float]:
-    """FLOP/s by fused multiply-add and by the bfloat16 dot product: the best of a few runs in registers alone.
+    """FLOP/s of fused multiply-add and of the bfloat16 dot product: the best of a few runs that use registers alone.
 
-    int8 weights are multiplied as float32. Where the processor has no bfloat16 dot product, so is bfloat16.
+    int8 weights are multiplied as float32. So is bfloat16 if the processor has no bfloat16 dot product.
     """
     library = native.library()
     fp32, bf16 = (
@@ -52,11 +52,11 @@ def flop_rates(threads: int) -> dict[str, float]:
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """Both, of this moment: "read", the best of a few passes, and the formats of `flop_rates`."""
+    """Both rates of this moment: "read", which is the best of a few passes, and the formats of `flop_rates`."""
     return {"read": max(read_rate(threads) for _ in range(7)), **flop_rates(threads)}
 
 
 def _rate(run: Callable[[], float]) -> float:
-    """What one call does, which it returns, a second."""
+    """The amount a second of a call that returns how much it did."""
     start = time.perf_counter()
     return run() / (time.perf_counter() - start)

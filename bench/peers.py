@@ -1,5 +1,8 @@
-"""The reference, improved as a good PyTorch user would: a preallocated cache, both guidance passes in one batch, flips
-as indices, and optionally the layer under torch.compile. What the engine has to beat beyond the published code."""
+"""The reference as a good PyTorch user would improve it. The engine has to beat this too, not only the published code.
+
+The cache is preallocated, both guidance passes run in one batch, flips are indices, and the layer can run under
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ def layer_step(h, weights, keys, values, i, scale, H):
 
 
 class ImprovedSampler:
-    """`reverse` of a reference model, its guidance arguments kept."""
+    """`reverse` of a reference model, improved; it keeps the guidance arguments."""
 
     def __init__(self, model: ReferenceTarFlow, compiled: bool = False) -> None:
         self.model = model
-        # One graph for all layers and blocks, since the weights are arguments; dynamic, since the position changes.
+        # One graph serves all layers and blocks, because weights are arguments; it is dynamic: the position changes.
         self.layer = torch.compile(layer_step, dynamic=True) if compiled else layer_step
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
-"""A small flow of photographs, trained where it is needed: digits do not show what precision does to natural images.
+"""A small flow of photographs, because digits do not show what a precision does to natural images.
 
-The two photographs that scikit-learn ships (CC BY 2.0, see its documentation), cut into 32 x 32 crops.
+It is trained the first time it is needed, on 32 x 32 crops of the two photographs that scikit-learn ships (CC BY 2.0,
+see its documentation).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NOISE_STD = 0.05
 
 
 def crops(folder: Path) -> None:
-    """Overlapping crops of both photographs at half size, as PNG files."""
+    """Write overlapping crops of both photographs, at half size, as PNG files."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -31,7 +32,7 @@ def crops(folder: Path) -> None:
 
 
 def photograph_flow() -> TarFlow:
-    """T = 64 tokens of 4 x 4 x 3, four blocks of two layers, C = 128; a few minutes of training the first time."""
+    """T = 64 tokens of 4 x 4 x 3, four blocks of two layers, C = 128. The first call trains it for some minutes."""
     from tarflow_fast.training.config import TrainConfig
     from tarflow_fast.training.run import train
 

@@ -1,4 +1,4 @@
-"""What a report says beside its numbers: the machine, the versions, the command; and how a table is written."""
+"""What a report says beside its numbers (the machine, the versions, the command), and how a table is written."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tarflow_fast import native
 
 
 def results_folder(config):
-    """Where --save writes; None without it."""
+    """The folder that --save writes to; None without --save."""
     name = config.getoption("--save")
     return Path(__file__).parent / "results" / name if name else None
 
@@ -44,7 +44,7 @@ def _lines(path):
 
 
 def _commit():
-    """The commit measured, "-dirty" where a file of it was changed; results are no part of what is measured."""
+    """The commit that is measured, with "-dirty" if a file was changed. Results do not count: they are not measured."""
 
     folder = Path(__file__).parent
 
@@ -57,7 +57,7 @@ def _commit():
 
 
 def markdown(rows):
-    """A table of the columns whose values are short; lists (raw timings) stay in the JSON."""
+    """The rows as a table. Columns that hold lists (raw timings) are left out; the JSON has them."""
     columns = [key for key, value in rows[0].items() if not isinstance(value, (list, dict))]
     widths = [max(len(column), *(len(str(row[column])) for row in rows)) for column in columns]
 
@@ -68,7 +68,7 @@ def markdown(rows):
 
 
 def write(folder, name, rows, command):
-    """NAME.json, with every timing, and NAME.md."""
+    """Write NAME.json, which has every timing, and NAME.md."""
     info = machine()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(

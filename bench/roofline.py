@@ -1,7 +1,8 @@
-"""python bench/roofline.py: what exact sequential sampling must move and multiply, and the time that takes at best.
+"""`python bench/roofline.py` prints what exact sequential sampling must move and multiply, and the least time it takes.
 
-Formulas of cost.py, 16-bit weights and cache, 8 flow blocks, against the data sheet (H200 SXM: 4.8 TB/s, 989 TFLOP/s
-bf16) and against what was measured on one (4.3 TB/s copied, 790 TFLOP/s). Nothing here is a measurement of this code.
+It uses the formulas of cost.py for 16-bit weights and cache and 8 flow blocks. The peaks are those of the data sheet of
+an H200 SXM (4.8 TB/s, 989 TFLOP/s bf16) and those measured on one (4.3 TB/s copied, 790 TFLOP/s). Nothing here is a
+measurement of this code.
 """
 
 import dataclasses

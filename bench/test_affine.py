@@ -1,4 +1,4 @@
-"""The affine op, forward and backward, against plain PyTorch: interleaved, with its share of the memory's speed."""
+"""Times the affine op, forward and backward, in turn with plain PyTorch, and its share of the memory's speed."""
 
 import pytest
 import torch
@@ -30,7 +30,8 @@ def test_affine(shape, direction, table, benchmark):
     benchmark.group = f"affine-{direction}-{shape}"
     benchmark.pedantic(lambda: run("cpu"), setup=lambda: measured.run_round(without="cpu"), rounds=rounds, iterations=1)
     measured.seconds["cpu"] = list(benchmark.stats.stats.data)
-    # forward: x and z, ab once; backward (a forward, then its gradient): those, and dz, x, ab read, dx, dab written
+    # Forward moves x and z once and ab, which is twice as long. Backward runs forward too; then its gradient reads dz,
+    # x and ab, and writes dx and dab.
     numbers = B * T * D * (4 if direction == "forward" else 4 + 7)
     peak = peaks(torch.get_num_threads())["read"]
     for variant in measured.variants:

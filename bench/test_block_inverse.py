@@ -1,16 +1,16 @@
-"""The inverse of whole flows and of published blocks: reference, improved PyTorch, compiled PyTorch, ours; interleaved.
+"""Times the inverse of whole flows and of published blocks: reference, improved and compiled PyTorch, ours; in turn.
 
-ms          median, 20 and 80 % quantile over rounds; where the reference takes less than a second, every variant runs
-            twice in a round and the second run counts
-cold        ratio over those first runs, which find the caches as another variant left them
+ms          the median and the 20 and 80 % quantiles over rounds. If the reference takes less than a second, every
+            variant runs twice in a round and the second run counts.
+cold        the ratio over those first runs, which find the caches as another variant left them
 ratio       reference / variant, the median over rounds
-limit       the ratio at which the bytes (where weights stream from memory, at the fastest read of this case) or the
-            FLOPs alone would take all of the time
-GB/s        by the formulas of cost.py, and their share of the memory's speed, measured once in every round and its
-            median taken; left out where the weights of a block fit a 16 MB cache and do not stream; past 100 % where
-            a part of them stays in the processor's cache from one step to the next
+limit       the ratio that would be reached if the bytes alone or the FLOPs alone took all of the time. Bytes count
+            where weights stream from memory, at the fastest read of this case.
+GB/s        by the formulas of cost.py, and their share of the memory's speed, which is the median of one measurement in
+            every round. The share is left out where the weights of a block fit a 16 MB cache and do not stream. It is
+            more than 100 % where a part of them stays in the processor's cache from one step to the next.
 GFLOP/s     likewise, and their share of the arithmetic peak of the format
-frozen      after model.freeze(): weights packed once, not in every call
+frozen      after model.freeze(), which packs the weights once instead of in every call
 error       the largest |x - x64| against the float64 reference
 """
 
@@ -42,7 +42,7 @@ FULL = [
 ]  # fmt: skip
 CASES = [(case, False) for case in QUICK] + [(case, True) for case in FULL]
 SHORT = 1.0  # seconds
-CACHE = 16e6  # bytes: half of a 32 MB L3, whose other half holds the key/value cache and the rest of the machine
+CACHE = 16e6  # bytes: half of a 32 MB L3; the other half holds keys, values and what else the machine does
 OURS = ("fp32", "bf16", "int8")
 
 
@@ -62,9 +62,9 @@ def test_block_inverse(case, full, table, benchmark):
     if only_full and not full:
         pytest.skip("--full")
     workload = WORKLOADS[name]
-    torch._dynamo.reset()  # its limit of recompilations counts over all cases, and past it compiled code runs eagerly
+    torch._dynamo.reset()  # its limit of recompilations counts over all cases; past it, compiled code runs eagerly
     model, reference = build(workload)
-    model.backend = "cpu"  # the native engine or an error, never a fallback
+    model.backend = "cpu"  # the native engine or an error: it must not fall back
     noise, labels, guidance = inputs(workload, B, guided)
     truth = Truth(workload, reference, noise, labels, guidance)
     variants = {
@@ -96,7 +96,7 @@ def test_block_inverse(case, full, table, benchmark):
     streams = {variant: weights_in_memory(workload, precision_of(variant)) > CACHE for variant in variants}
 
     def others():
-        if any(streams.values()):  # else it would only empty the cache
+        if any(streams.values()):  # otherwise the read would only empty the cache
             reads.append(read_rate(threads))
         measured.run_round(without="fp32")
         measured.warm_up("fp32")

@@ -1,7 +1,7 @@
-"""What an inverse adds to the process at its peak: the reference and ours, each in a fresh process.
+"""How much memory an inverse adds to the process at its peak: the reference and ours, each in a fresh process.
 
-stated    bytes of plan and workspace, known before they are allocated
-grown     by how much the process's resident memory was larger at its peak than before the call
+stated    the bytes of plan and workspace, which are known before they are allocated
+grown     how much larger the process's resident memory was at its peak than before the call
 """
 
 import json

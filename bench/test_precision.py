@@ -1,7 +1,7 @@
-"""What bfloat16 and int8 change in the picture: the same noise through each, beside the time.
+"""What bfloat16 and int8 change in the images, when each inverts the same noise, and how long each takes.
 
-Differences to float32 in steps of an 8-bit pixel (2 / 255 of the range), over all pixels of all images: median, 99 %
-quantile, largest; and the root mean square. Guided where the flow has labels.
+The table has the differences to float32 in steps of an 8-bit pixel (2 / 255), over all pixels of all images: the
+median, the 99 % quantile, the largest and the root mean square. Flows with labels are guided.
 """
 
 import pytest
@@ -22,7 +22,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 @pytest.mark.parametrize("flow", FLOWS)
 def test_precision(flow, table, benchmark):
     model = FLOWS[flow]()
-    model.backend = "cpu"  # the native engine or an error, never a fallback
+    model.backend = "cpu"  # the native engine or an error: it must not fall back
     B = 100
     y = torch.arange(B) % model.num_classes if model.num_classes else None
     noise = torch.randn(B, *model.var.shape, generator=torch.Generator().manual_seed(0))

@@ -1,9 +1,10 @@
-"""Where the time of the native inverse goes: the engine's own clock, part by part, beside what the machine allows.
+"""Where the time of the native inverse goes, part by part by the engine's own clock, beside what the machine allows.
 
-us          a step, the mean of the threads at work, the median over rounds; products include their normalisation and
-            epilogue
-GB/s        by the formulas of cost.py, and their share of the memory's speed, measured once in every round and its
-            median taken; left out where weights and cache fit a 32 MB cache, past 100 % where a part of them does
+us          microseconds of a step: the mean over the threads at work, the median over rounds. Products include their
+            normalisation and epilogue.
+GB/s        by the formulas of cost.py, and their share of the memory's speed, which is the median of one measurement in
+            every round. Both are left out where weights and cache fit a 32 MB cache. The share is more than 100 % where
+            a part of them does.
 GFLOP/s     likewise, and their share of the arithmetic peak of the format
 """
 
@@ -25,8 +26,8 @@ QUICK = [("mnist", 1, False), ("mnist", 16, False), ("cifar", 1, False), ("cifar
 QUICK += [("c768_t64", 1, False), ("c768_t64", 16, False)]
 FULL = [("imagenet64", 1, False), ("imagenet64", 1, True), ("imagenet64", 4, False), ("imagenet64", 16, False)]
 CASES = [(*case, precision) for case in QUICK + FULL for precision in ("fp32", "bf16", "int8")]
-CACHE = 32e6  # bytes of the last-level cache: what fits beside nothing else is not read from memory
-CACHES = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16"}  # what attention multiplies
+CACHE = 32e6  # bytes of the last-level cache; what is smaller than all of it is not read from memory
+CACHES = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16"}  # the format that attention multiplies in
 SHARES = {}
 
 
@@ -53,7 +54,7 @@ def test_profile(case, full, table, benchmark):
 
     def clear():
         engine.clock = torch.zeros(threads, len(PARTS), dtype=torch.float64)
-        if streams:  # else it would only empty the cache
+        if streams:  # otherwise the read would only empty the cache
             reads.append(read_rate(threads))
 
     def run():

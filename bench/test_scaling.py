@@ -1,6 +1,7 @@
-"""How the cost grows: over tokens T at batch 1 and over batches B at T = 64, ours and the reference, beside the floor.
+"""How the cost of ours and of the reference grows: over tokens T at batch 1, and over batches B at T = 64.
 
-One block of four layers, C = 256, tokens of 12. With --save, the curves are drawn too.
+The flow is one block of four layers, C = 256, with tokens of 12 numbers. The floor is the time of the arithmetic alone.
+With --save, the curves are drawn too.
 """
 
 import pytest
@@ -20,7 +21,7 @@ LINES = {"reference": [], "fp32": [], "bf16": [], "floor fp32": []}
 def test_scaling(axis, T, B, table, benchmark):
     workload = Workload(f"C256-T{T}", 3, 2 * int(T**0.5), 2, 256, 1, 4)
     model, reference = build(workload)
-    model.backend = "cpu"  # the native engine or an error, never a fallback
+    model.backend = "cpu"  # the native engine or an error: it must not fall back
     noise, _, _ = inputs(workload, B, False)
     variants = {
         "reference": lambda: reference.reverse(noise),
@@ -41,7 +42,7 @@ def test_scaling(axis, T, B, table, benchmark):
         row[f"{variant} ms"] = f"{seconds['median'] * 1e3:.2f}"
         LINES[variant].append((axis, T if axis == "T" else B, seconds["median"], seconds["p20"], seconds["p80"]))
     cost = inverse_cost(workload, B, False)
-    floor = cost.flops / peak["fp32"]  # the weights stay in the cache: what is left is arithmetic
+    floor = cost.flops / peak["fp32"]  # the weights stay in the cache, so only the arithmetic is left
     LINES["floor fp32"].append((axis, T if axis == "T" else B, floor, floor, floor))
     row |= {"ratio": f"{measured.ratio('fp32', 'reference'):.1f}", "arithmetic floor ms": f"{floor * 1e3:.2f}"}
     table("scaling", row)

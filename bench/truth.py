@@ -1,4 +1,4 @@
-"""A result is checked before it is timed: against the float64 reference, beside plain PyTorch in the same precision."""
+"""Checks a result before it is timed: its error against float64, beside plain PyTorch's in the same precision."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from workloads import Workload
 
 from tarflow_fast import ReferenceTarFlow
 
-ROWS, TOKENS = 2, 64  # rows are independent, and the first tokens of a single block do not know how many follow
+ROWS, TOKENS = 2, 64  # enough: rows are independent, and the first tokens of a block do not depend on later ones
 
 
 class Truth:
-    """The float64 inverse of the first rows (and for one large block, of its first 64 tokens)."""
+    """The float64 inverse of the first rows; of one large block, only of its first 64 tokens."""
 
     def __init__(self, workload: Workload, reference: ReferenceTarFlow, noise, labels, guidance: dict) -> None:
         self.workload, self.guidance = workload, guidance
@@ -37,16 +37,16 @@ class Truth:
         return model.eval()
 
     def error(self, images: torch.Tensor, patchify) -> float:
-        """Largest |x - x64| over the rows and tokens the truth covers; images: the whole batch."""
+        """The largest |x - x64| over the rows and tokens that the truth covers. images are those of the whole batch."""
         tokens = patchify(images[:ROWS])
         tokens = tokens[:, :TOKENS] if self.short else tokens
         return (tokens.double() - self.tokens).abs().max().item()
 
     def check(self, precision: str, images: torch.Tensor, patchify) -> float:
-        """The error, held to the error rule: at most twice plain PyTorch's own in that precision, + 2 ulp.
+        """The error, after a check of the error rule: at most twice plain PyTorch's own in that precision, plus 2 ulp.
 
-        int8 has no plain counterpart: its weights keep 7 bits of a column's largest where bfloat16 keeps 8 of each, and
-        it is held to 6 times the error of plain bfloat16.
+        int8 has no plain counterpart. Its weights keep 7 bits relative to the largest of their column, where bfloat16
+        keeps 8 bits of each, so its error may be 6 times that of plain bfloat16.
         """
         error, dtype = self.error(images, patchify), torch.float32 if precision == "fp32" else torch.bfloat16
         if precision not in self.plain:
@@ -57,7 +57,7 @@ class Truth:
         return error
 
     def plain_error(self, precision: str) -> float:
-        """The same of plain PyTorch in float32, or under bfloat16 autocast."""
+        """The error of plain PyTorch, in float32 or under bfloat16 autocast."""
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
             images = self.model.reverse(self.noise, self.labels, **self.guidance)
         return (self.model.patchify(images).double() - self.tokens).abs().max().item()

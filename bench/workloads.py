@@ -1,4 +1,4 @@
-"""The workloads every benchmark shares: published TarFlow sizes, and small ones a laptop runs in seconds."""
+"""The workloads that every benchmark shares: published TarFlow sizes, and small ones that a laptop runs in seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tarflow_fast import ReferenceTarFlow, TarFlow
 
 @dataclass(frozen=True)
 class Workload:
-    """A flow's shape. num_blocks = 1 stands for one block of a larger model: blocks are inverted one after another."""
+    """A flow's shape. num_blocks = 1 stands for one block of a larger model, because blocks are inverted one by one."""
 
     name: str
     in_channels: int
@@ -44,7 +44,7 @@ WORKLOADS = {
         Workload("digits", 1, 8, 2, 128, 4, 2, 10, LABELS),
         Workload("mnist", 1, 28, 4, 128, 4, 4, 10, LABELS),
         Workload("cifar", 3, 32, 2, 256, 4, 4),
-        Workload("c768_t64", 3, 16, 2, 768, 1, 8),  # the published width, few tokens: a quick run
+        Workload("c768_t64", 3, 16, 2, 768, 1, 8),  # the published width with few tokens, so that it runs quickly
         Workload("imagenet64", 3, 64, 2, 768, 1, 8),
         Workload("afhq256", 3, 256, 8, 768, 1, 8),
         Workload("imagenet128", 3, 128, 4, 1024, 1, 8),
@@ -53,10 +53,10 @@ WORKLOADS = {
 
 
 def build(workload: Workload, seed: int = 0) -> tuple[TarFlow, ReferenceTarFlow]:
-    """The same random weights in ours and in the reference.
+    """Our model and the reference with the same random weights.
 
-    The time of a sequential inverse does not depend on the values, but they must do something and stay finite:
-    proj_out, zero at the start of training, is drawn small.
+    The time of a sequential inverse does not depend on the values, but they must do something and stay finite. So
+    proj_out, which is zero at the start of training, is drawn small.
     """
     torch.manual_seed(seed)
     model = TarFlow(**workload.config).eval()
