@@ -25,7 +25,7 @@ gpu:
 
 lint: $(VENV)/.test
 	$(BIN)/pip install -q ruff==0.17.6
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 build: $(VENV)/.demo
 	$(BIN)/pip install -q "setuptools>=77" ninja
