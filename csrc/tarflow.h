@@ -12,7 +12,7 @@
 #define TF_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised by one whenever a signature or its meaning changes; tarflow_fast/native.py refuses a library of another number.
-#define TF_ABI_VERSION 3
+#define TF_ABI_VERSION 4
 
 enum tf_status {
     TF_OK = 0,
@@ -20,7 +20,7 @@ enum tf_status {
     TF_NO_MEMORY = 2,        // a scratch allocation failed; outputs are undefined
     TF_ISA_UNKNOWN = 3,      // no instruction set of that name was built
     TF_ISA_UNSUPPORTED = 4,  // built, but this processor or operating system cannot run it
-    TF_BAD_SIZE = 5,         // sizes out of range or not matching; nothing was written
+    TF_BAD_SIZE = 5,         // sizes or places out of range or not matching; nothing was written
     TF_NOT_FINITE = 6,       // a weight is NaN or infinite
     TF_BAD_LABEL = 7,        // a label is not below the number of classes; nothing was written
 };
@@ -130,15 +130,19 @@ typedef struct tf_inversion {
     const int64_t* labels;     // (B,) below classes, negative for none; NULL: none. No label: the mean class embedding
     const float* query_scale;  // (R,) factor on the attention logits; NULL for 1
     const float* guidance;     // (B,) weights; NULL without guidance
+    const int32_t* order;      // (T,): the place in z, x and pos_embed of token i of net order; NULL: i itself
     double* clock;             // (threads, TF_PARTS): seconds spent in each part, added to; NULL: nobody asks
     int64_t batch;
-    int32_t guide_a, guide_b, annealed, flip, split;
+    int32_t guide_a, guide_b, annealed, split;
 } tf_inversion;
 
-// Inverts the block. Work is counted in stages, (T - 1) (L + 2) in all, L + 2 a token; a call goes on from *stage, which
-// is 0 at first, and returns with *stage advanced once `seconds` have passed or at the end: give or take a stage or, in a
-// first call that splits rows, a token. Between calls only the same inversion may use the workspace, and x, z and the
-// rest must stay as they are.
+// Inverts the block. `order` must be a permutation. This function checks that its values lie in [0, T) and returns
+// TF_BAD_SIZE where they do not; a place that a wrong order leaves out is not written in x.
+//
+// Work is counted in stages, (T - 1) (L + 2) in all, L + 2 a token; a call goes on from *stage, which is 0 at first, and
+// returns with *stage advanced once `seconds` have passed or at the end: give or take a stage or, in a first call that
+// splits rows, a token. Between calls only the same inversion may use the workspace, and x, z and the rest must stay as
+// they are.
 TF_EXPORT int tf_invert(const tf_plan* plan, tf_workspace* workspace, const tf_inversion* inversion, int64_t* stage,
                         double seconds, int threads);
 
@@ -147,9 +151,10 @@ typedef struct tf_pass_arguments {
     const float* tokens;       // (rows, window, D); guided: (rows / 2, window, D), each row for two engine rows
     const int64_t* labels;     // as above, of each row of `tokens`
     const float* query_scale;  // as above
+    const int32_t* order;      // as above; the places in pos_embed alone
     float* ab;                 // (rows, window, 2D), or (rows, window, D) when volume preserving
     int64_t rows, window, position;
-    int32_t guided, flip, split;
+    int32_t guided, split;
 } tf_pass_arguments;
 
 // Reads keys and values of the tokens before `position` from the workspace, writes those of these tokens: a later pass may

@@ -18,7 +18,7 @@ import torch  # before the library: the two then share torch's copy of libgomp, 
 __all__ = ["DTYPES", "NativeUnavailable", "available", "build_report", "check", "check_override"]
 __all__ += ["isa", "isas", "library", "pointer", "reason", "threads"]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY = Path(__file__).parent / "_tarflow_cpu.so"
 REPORT = Path(__file__).parent / "build_report.json"
 

@@ -36,7 +36,7 @@ class Order:
     """
 
     def __init__(self, num_tokens: int, flip: bool = False, places: Sequence[int] | Tensor | None = None) -> None:
-        self._index: dict[torch.device, Tensor] = {}
+        self._index: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         identity = list(range(num_tokens))
         if places is None:
             self.places = identity[::-1] if flip else identity
@@ -62,13 +62,14 @@ class Order:
     def __repr__(self) -> str:
         return "identity" if self.identity else "flip" if self.flip else f"Order({self.places})"
 
-    def index(self, device: torch.device) -> Tensor:
-        """`places` as int64 (T,) on the device."""
+    def index(self, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+        """`places` as integers (T,) on the device; not to be written."""
         if torch.compiler.is_compiling():
-            return torch.tensor(self.places, device=device)
-        if device not in self._index:
-            self._index[device] = torch.tensor(self.places, device=device)
-        return self._index[device]
+            return torch.tensor(self.places, dtype=dtype, device=device)
+        if (device, dtype) not in self._index:
+            with torch.inference_mode(False):  # autograd may not keep a tensor that was made there
+                self._index[device, dtype] = torch.tensor(self.places, dtype=dtype, device=device)
+        return self._index[device, dtype]
 
     def take(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """From the order of the sequence to that of the net."""

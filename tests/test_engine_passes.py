@@ -24,7 +24,8 @@ def net(case, precision, cuts, rows=3):
     sizes = Sizes.of(weights, block.transform, precision)
     plan, space = Plan(sizes).pack(weights), Workspace(sizes, rows, window=max(b - a for a, b in cuts))
     tokens = case.z[:rows].flip(1) if block.flip else case.z[:rows]
-    parts = [run_pass(plan, space, tokens[:, a:b], a, labels=case.y[:rows], flip=block.flip) for a, b in cuts]
+    order = torch.arange(T - 1, -1, -1, dtype=torch.int32) if block.flip else None
+    parts = [run_pass(plan, space, tokens[:, a:b], a, labels=case.y[:rows], order=order) for a, b in cuts]
     assert sum(b - a for a, b in cuts) == T
     return torch.cat(parts, dim=1)
 

@@ -39,9 +39,10 @@ class _Inversion(ctypes.Structure):
     """struct tf_inversion."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "labels", "query_scale", "guidance", "clock")),
+        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "labels", "query_scale", "guidance")),
+        *((name, ctypes.c_void_p) for name in ("order", "clock")),
         ("batch", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("guide_a", "guide_b", "annealed", "flip", "split")),
+        *((name, ctypes.c_int32) for name in ("guide_a", "guide_b", "annealed", "split")),
     ]
 
 
@@ -118,6 +119,7 @@ class Engine:
         plain = {"dtype": torch.float32, "device": "cpu"}
         scale = torch.tensor([1.0, 1.0 / guidance.attn_temp], **plain).repeat(B) if tempered else None
         strength = torch.full((B,), float(guidance.weight), **plain) if guidance.active else None
+        order = None if bijection.order.identity else bijection.order.index(torch.device("cpu"), torch.int32)
         groups = -(-B // self._group)
         for number in range(groups):
             begin, end = B * number // groups, B * (number + 1) // groups
@@ -125,9 +127,9 @@ class Engine:
             if begin:
                 parts = [(None if part is None else part[begin * per :], per) for part, per in parts]
             pointers = [native.pointer(part) for part, _ in parts]
-            pointers.append(None if self.clock is None else native.pointer(self.clock))
+            pointers += [native.pointer(order), native.pointer(self.clock)]
             what = "a" in guidance.what, "b" in guidance.what
-            job = _Inversion(*pointers, end - begin, *what, guidance.annealed, bijection.order.flip, self.split)
+            job = _Inversion(*pointers, end - begin, *what, guidance.annealed, self.split)
             self._run(job, on_token, number, groups, threads)
         return x.to(z.dtype), log_det.to(torch.float32)
 

@@ -10,6 +10,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from tarflow_fast import native
@@ -213,9 +214,9 @@ class _Pass(ctypes.Structure):
     """struct tf_pass_arguments."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("tokens", "labels", "query_scale", "ab")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "labels", "query_scale", "order", "ab")),
         *((name, ctypes.c_int64) for name in ("rows", "window", "position")),
-        *((name, ctypes.c_int32) for name in ("guided", "flip", "split")),
+        *((name, ctypes.c_int32) for name in ("guided", "split")),
     ]
 
 
@@ -228,7 +229,7 @@ def run_pass(
     labels: Tensor | None = None,
     query_scale: Tensor | None = None,
     guided: bool = False,
-    flip: bool = False,
+    order: Tensor | None = None,
     split: str = "auto",
 ) -> Tensor:
     """One pass of the net over W tokens a row, from `position` on in net order; their keys and values go to the cache.
@@ -240,21 +241,33 @@ def run_pass(
         tokens: (R, W, D) float32, or with guided (R / 2, W, D), each row for two rows of the pass.
         labels: int64, one for each row of `tokens`, negative for none; None: no labels.
         query_scale: (R,) float32, 1 over the temperature of the row's attention; None for 1.
+        order: (T,) int32, the row of pos_embed of each token of net order, all tokens of the block; None: as they are.
 
     Returns:
         (R, W, 2D) float32, a then b (volume preserving: (R, W, D), b alone).
+
+    Raises:
+        ValueError: sizes, labels or order do not fit the plan or the workspace.
     """
+    T = plan.sizes.tokens
+    if order is not None and (order.shape != (T,) or order.dtype != torch.int32 or order.device.type != "cpu"):
+        got = f"{tuple(order.shape)} of {order.dtype} on {order.device}"
+        raise ValueError(f"run_pass: order must be ({T},) of torch.int32 on cpu, got {got}")
     share = 2 if guided else 1
     R, W, D = tokens.size(0) * share, tokens.size(1), tokens.size(2)
-    inputs = [None if tensor is None else tensor.contiguous() for tensor in (tokens, labels, query_scale)]
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in (tokens, labels, query_scale, order)]
     ab = tokens.new_empty(R, W, D * (2 if plan.sizes.scale else 1))
     pointers = [native.pointer(tensor) for tensor in (*inputs, ab)]
-    arguments = _Pass(*pointers, R, W, position, guided, flip, SPLITS[split])
+    arguments = _Pass(*pointers, R, W, position, guided, SPLITS[split])
     status = plan.library.tf_pass(plan.handle, workspace.handle, ctypes.byref(arguments), native.threads())
+    if status == BAD_SIZE and order is not None and not 0 <= int(order.min()) <= int(order.max()) < T:
+        raise ValueError(
+            f"run_pass: order must hold places from 0 to {T - 1}, got {int(order.min())} to {int(order.max())}"
+        )
     if status == BAD_SIZE:
         raise ValueError(
             f"run_pass: {R} rows of {W} tokens from {position} on do not fit a workspace of {workspace.rows} rows of "
-            f"{workspace.window} and {plan.sizes.tokens} tokens, or plan and workspace are of different sizes"
+            f"{workspace.window} and {T} tokens, or plan and workspace are of different sizes"
         )
     if status == BAD_LABEL:
         raise ValueError(f"run_pass: labels must be below {plan.sizes.classes}")

@@ -50,7 +50,10 @@ struct Case {
     int split;
     std::vector<float> z, scale, strength;
     std::vector<int64_t> labels;
+    std::vector<int32_t> order;  // empty: that of z
     int64_t rows() const { return batch * (guided ? 2 : 1); }
+    int64_t place(int64_t i) const { return order.empty() ? i : order[i]; }
+    const int32_t* places() const { return order.empty() ? nullptr : order.data(); }
 };
 
 // x and log_det of the inverse, then a and b of a pass over windows of up to three tokens of x.
@@ -61,10 +64,12 @@ int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::ve
     CHECK(tf_workspace_create(&s, R, window, threads, &space) == TF_OK);
     std::vector<float> x(B * T * D);
     std::vector<double> log_det(B), clock(threads * TF_PARTS);
-    tf_inversion in = {
-        c.z.data(), x.data(), log_det.data(), c.labels.data(), c.scale.data(), nullptr, clock.data(), B, 1, 1,
-        1,          1,        c.split};
-    if (c.guided) in.guidance = c.strength.data();
+    tf_inversion in = {};
+    in.z = c.z.data(), in.x = x.data(), in.log_det = log_det.data();
+    in.labels = c.labels.data(), in.query_scale = c.scale.data();
+    in.guidance = c.guided ? c.strength.data() : nullptr;
+    in.order = c.places(), in.clock = clock.data(), in.batch = B;
+    in.guide_a = in.guide_b = in.annealed = 1, in.split = c.split;
     const int64_t stages = (T - 1) * (s.layers + 2);
     for (int64_t stage = 0; stage < stages;) CHECK(tf_invert(plan, space, &in, &stage, seconds, threads) == TF_OK);
     result.assign(log_det.begin(), log_det.end());
@@ -72,12 +77,16 @@ int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::ve
     for (int64_t position = 0; position < T; position += window) {
         const int64_t W = T - position < window ? T - position : window;
         std::vector<float> tokens, ab(R * W * out);
-        for (int64_t b = 0; b < B; ++b) {
-            const float* from = x.data() + (b * T + position) * D;
-            tokens.insert(tokens.end(), from, from + W * D);
-        }
-        const tf_pass_arguments pass = {
-            tokens.data(), c.labels.data(), c.scale.data(), ab.data(), R, W, position, c.guided, 1, c.split};
+        for (int64_t b = 0; b < B; ++b)
+            for (int64_t i = position; i < position + W; ++i) {
+                const float* from = x.data() + (b * T + c.place(i)) * D;
+                tokens.insert(tokens.end(), from, from + D);
+            }
+        tf_pass_arguments pass = {};
+        pass.tokens = tokens.data(), pass.labels = c.labels.data(), pass.query_scale = c.scale.data();
+        pass.order = c.places(), pass.ab = ab.data();
+        pass.rows = R, pass.window = W, pass.position = position;
+        pass.guided = c.guided, pass.split = c.split;
         CHECK(tf_pass(plan, space, &pass, threads) == TF_OK);
         result.insert(result.end(), ab.begin(), ab.end());
     }
@@ -120,10 +129,13 @@ int main(int count, char** isas) {
                 for (int64_t batch : {1, 2, 9})
                     for (bool guided : {false, true})
                         for (int split : {TF_SPLIT_AUTO, TF_SPLIT_COLUMNS, TF_SPLIT_ROWS}) {
-                            Case c = {block, batch, guided, split, {}, {}, std::vector<float>(batch, 0.7f), {}};
+                            Case c = {block, batch, guided, split, {}, {}, std::vector<float>(batch, 0.7f), {}, {}};
                             c.z = draw(batch * block.tokens * block.token_size, 1.0f);
                             c.scale = draw(c.rows(), 1.0f);
                             for (int64_t b = 0; b < batch; ++b) c.labels.push_back(b % 4 - 1);
+                            // batches of 2 and 9: the last token first, then from the first on
+                            for (int64_t i = 0; batch > 1 && i < block.tokens; ++i)
+                                c.order.push_back(int32_t((i + block.tokens - 1) % block.tokens));
                             if (check(c, weights)) return 1;
                             ++cases;
                         }

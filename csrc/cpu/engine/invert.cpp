@@ -12,7 +12,7 @@ struct Job {
     const tf_inversion& in;
     int64_t share;  // engine rows of a batch row: conditional and, under guidance, unguided, side by side
 
-    int64_t token(int64_t i) const { return in.flip ? plan.shape.T - 1 - i : i; }
+    int64_t token(int64_t i) const { return in.order ? in.order[i] : i; }
     float* x(int64_t b, int64_t i) const { return in.x + (b * plan.shape.T + token(i)) * plan.shape.D; }
     const float* z(int64_t b, int64_t i) const { return in.z + (b * plan.shape.T + token(i)) * plan.shape.D; }
 };
@@ -113,8 +113,8 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
                   if (by_parts && begin % stages) memcpy(h, job.space.h, h_bytes);
                   int64_t checks = 0;
                   for (int64_t at = begin; at < stop; ++at) {
-                      const Pass p = {job.plan,    job.space,      team,         scratch,  rows, 1,
-                                      at / stages, in.query_scale, in.flip != 0, by_parts, h,    &clock};
+                      const Pass p = {job.plan,    job.space,      team,     scratch,  rows, 1,
+                                      at / stages, in.query_scale, in.order, by_parts, h,    &clock};
                       // Decided before the stage's own meetings, hence known to all after them.
                       const bool check = !by_rows && !(by_parts && at % stages == 0);
                       int64_t* flag = &late[(checks += check) & 1];
@@ -144,6 +144,7 @@ int invert(const tf_plan* plan_handle, tf_workspace* workspace, const tf_inversi
     const int64_t end = (s.T - 1) * (s.L + 2);
     if (in->batch < 1 || !fits(plan.shape, space, in->batch * job.share, 1) || *stage < 0 || *stage > end)
         return TF_BAD_SIZE;
+    if (!are_places(s, in->order)) return TF_BAD_SIZE;
     if (!are_labels(s, in->labels, in->batch)) return TF_BAD_LABEL;
     if (threads > space.threads) threads = space.threads;
     if (*stage == 0)

@@ -33,6 +33,13 @@ inline bool are_labels(const Shape& s, const int64_t* labels, int64_t n) {
     return true;
 }
 
+// Whether an order, where there is one, holds places of tokens and nothing else.
+inline bool are_places(const Shape& s, const int32_t* order) {
+    for (int64_t i = 0; order && i < s.T; ++i)
+        if (order[i] < 0 || order[i] >= s.T) return false;
+    return true;
+}
+
 struct Pass {
     const Plan& plan;
     Workspace& space;
@@ -42,7 +49,7 @@ struct Pass {
     int64_t window;            // tokens a row, W
     int64_t position;          // of the first of them, in net order
     const float* query_scale;  // [R]: 1 over the temperature of the row; nullptr for 1
-    bool flip;
+    const int32_t* order;      // [T]: the row of pos_embed of a token of net order; nullptr: its own number
     // Threads share the sums over the inputs of proj and fc2 rather than their columns: each multiplies what it has
     // made itself, and keeps all of h. Two meetings a layer instead of four; for few rows, whose sums are few.
     bool by_parts;
@@ -124,7 +131,7 @@ struct Stages {
         product(p, p.plan.in, mine, stride(s.D), load_tokens, [&](const Tile& tile) {
             each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
                 const int64_t row = p.row_of(m), at = p.position + m - row * p.window;
-                const float* pos = p.plan.pos + (p.flip ? s.T - 1 - at : at) * s.C;
+                const float* pos = p.plan.pos + (p.order ? p.order[at] : at) * s.C;
                 y += load_part(pos + c, n);
                 if (s.N) y += load_part(tokens.class_embedding(p.plan, row) + c, n);
                 float* h = p.h + m * stride(s.C) + c;

@@ -22,7 +22,7 @@ void run_pass(const Plan& plan, Workspace& space, const tf_pass_arguments& job, 
                                   job.window,
                                   job.position,
                                   job.query_scale,
-                                  job.flip != 0,
+                                  job.order,
                                   by_parts,
                                   by_parts ? scratch.h : space.h,
                                   &clock};
@@ -45,6 +45,7 @@ int pass(const tf_plan* plan_handle, tf_workspace* workspace, const tf_pass_argu
         job->position + job->window > plan.shape.T)
         return TF_BAD_SIZE;
     if (job->rows < 1 || job->window < 1 || (job->guided && job->rows % 2)) return TF_BAD_SIZE;
+    if (!are_places(plan.shape, job->order)) return TF_BAD_SIZE;
     if (!are_labels(plan.shape, job->labels, job->rows / (job->guided ? 2 : 1))) return TF_BAD_LABEL;
     if (threads > space.threads) threads = space.threads;
     switch (plan.shape.precision) {
