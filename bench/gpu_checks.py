@@ -91,16 +91,17 @@ def cuda_library(record, device):
     ab, z = torch.randn(2 * B, 2 * D, device=device), torch.randn(B, T, D, device=device)
     x, sums, table = z.clone(), torch.zeros(B, T, device=device), torch.rand(2, T, device=device)
     position = torch.tensor([0, 3, 7, 8, -1], dtype=torch.int32, device=device)  # the last two have nothing to solve
-    flip = torch.ones(1, dtype=torch.int32, device=device)
+    places = [4, 0, 7, 2, 8, 6, 1, 5, 3]
+    order = torch.tensor(places, dtype=torch.int32, device=device)
     sizes = (B, T, D, 1, 1, native.DTYPES[ab.dtype])
-    native_cuda.call("tf_cuda_affine_inverse", x, ab, z, x, sums, position, flip, table, *sizes)
+    native_cuda.call("tf_cuda_affine_inverse", x, ab, z, x, sums, position, order, table, *sizes)
 
     def expected(wide):
         solved, total = z.to(wide), torch.zeros(B, T, device=device, dtype=wide)
         for row, p in enumerate([0, 3, 7]):
             (a, b), (a_u, b_u) = ab[row].to(wide).chunk(2), ab[row + B].to(wide).chunk(2)
             a, b = a + table[0, p].to(wide) * (a - a_u), b + table[1, p].to(wide) * (b - b_u)
-            solved[row, T - 2 - p] = z[row, T - 2 - p].to(wide) * a.exp() + b
+            solved[row, places[p + 1]] = z[row, places[p + 1]].to(wide) * a.exp() + b
             total[row, p] = a.sum()
         return solved, total
 

@@ -92,7 +92,7 @@ def step_kernels(inverse, B, guided):
             ws.classes,
             ws.h,
             ws.starts,
-            ws.flip,
+            ws.order,
             1,
         )
 
@@ -105,7 +105,7 @@ def step_kernels(inverse, B, guided):
             ws.x,
             ws.sums,
             ws.starts,
-            ws.flip,
+            ws.order,
             ws.guidance,
             1,
             guided,

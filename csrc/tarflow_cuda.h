@@ -13,7 +13,7 @@
 
 // Raised by one whenever a signature or its meaning changes; tarflow_fast/native_cuda.py refuses a library of another
 // number.
-#define TF_CUDA_ABI_VERSION 1
+#define TF_CUDA_ABI_VERSION 2
 
 enum tf_cuda_status { TF_CUDA_OK = 0, TF_CUDA_BAD_DTYPE = 1, TF_CUDA_FAILED = 1000 };
 
@@ -42,10 +42,11 @@ TF_CUDA_EXPORT int tf_cuda_affine_backward(const void* dz, const void* dlog_det,
 
 // One token of every row solved in place of the workspace: with p = position[row], the net's output ab[row] there and
 //     a += ga[p] (a - a_u),  b += gb[p] (b - b_u)      rows B .. 2B-1 of ab being the unguided ones, if `guided`
-// it sets x[row, next] = z[row, next] exp(a) + b and sums[row, p] = sum_d a; next is the token after p in net order.
+// it sets x[row, next] = z[row, next] exp(a) + b and sums[row, p] = sum_d a, with next = order[p + 1].
 //   ab: (B or 2B, 2D or D) of ab_dtype (f32, bf16 or f16); z, x: (B, T, D) f32, not overlapping; sums: (B, T) f32;
-//   position: (B,) int32, rows with p outside 0 .. T-2 are left alone; flip: (1,) int32; guidance: (2, T) f32, ga, gb.
+//   position: (B,) int32, rows with p outside 0 .. T-2 are left alone; guidance: (2, T) f32, ga, gb;
+//   order: (T,) int32, a permutation: order[i] is the place in x and z of the i-th token that the net sees.
 TF_CUDA_EXPORT int tf_cuda_affine_inverse(const void* ab, const float* z, float* x, float* sums,
-                                          const int32_t* position, const int32_t* flip, const float* guidance,
+                                          const int32_t* position, const int32_t* order, const float* guidance,
                                           int64_t B, int64_t T, int64_t D, int scale, int guided, int ab_dtype,
                                           void* stream);

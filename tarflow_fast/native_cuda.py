@@ -15,7 +15,7 @@ from tarflow_fast import native
 
 __all__ = ["FAILED", "call", "library", "missing", "refuses"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = Path(__file__).parent / "_tarflow_cuda.so"
 FAILED = 1000  # enum tf_cuda_status: from here on, what CUDA said
 

@@ -96,7 +96,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch, tmp_path):
     assert ctypes.CDLL(str(library)).tf_cuda_abi_version() == 0
     monkeypatch.setattr(native_cuda, "LIBRARY", library)
     native_cuda._load.cache_clear()
-    with pytest.raises(native.NativeUnavailable, match=r"of another version \(ABI 0, expected 1\)"):
+    with pytest.raises(native.NativeUnavailable, match=r"of another version \(ABI 0, expected 2\)"):
         native_cuda.library()
     native_cuda._load.cache_clear()
 

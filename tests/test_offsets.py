@@ -79,20 +79,23 @@ def test_the_tokens_of_a_step(device):
 
     B, T, D, C = 3, 2**28, 4, 16
     x, z = (vast(B, T, D, dtype=torch.float32, device=device) for _ in range(2))
-    at = 7
-    x[:, at], z[:, at + 1] = torch.randn(2, B, D, device=device)
+    at, place, following = 7, T - 3, T - 9  # two tokens in a row, each far from the first in x, z and pos_embed
+    order = torch.empty(T, dtype=torch.int32, device=device)  # 1 GiB, of which two numbers are used
+    order[at], order[at + 1] = place, following
+    x[:, place], z[:, following] = torch.randn(2, B, D, device=device)
     weight, bias = torch.randn(C, D, device=device), torch.randn(C, device=device)
-    pos, classes = torch.zeros(at + 1, C, device=device), torch.randn(B, C, device=device)
+    pos, classes = vast(T, C, dtype=torch.float32, device=device), torch.randn(B, C, device=device)
+    pos[place] = torch.randn(C, device=device)
     starts = torch.full((2, B), at, dtype=torch.int32, device=device)
-    h, flip = torch.empty(B, C, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    embed(x, weight, bias, pos, classes, h, starts, flip, 1)
-    torch.testing.assert_close(h, F.linear(x[:, at], weight, bias) + classes)
+    h = torch.empty(B, C, device=device)
+    embed(x, weight, bias, pos, classes, h, starts, order, 1)
+    torch.testing.assert_close(h, F.linear(x[:, place], weight, bias) + pos[place] + classes)
 
     out_weight, out_bias = torch.randn(2 * D, C, device=device) / 8, torch.randn(2 * D, device=device)
     sums, guidance = vast(1, 8, T + 1, dtype=torch.float32, device=device), torch.zeros(2, at + 1, device=device)
-    affine_inverse(h, out_weight, out_bias, z, x, sums[:, :B, :T], starts, flip, guidance, 1, False)
+    affine_inverse(h, out_weight, out_bias, z, x, sums[:, :B, :T], starts, order, guidance, 1, False)
     a, b = F.linear(h, out_weight, out_bias).chunk(2, dim=1)
-    torch.testing.assert_close(x[:, at + 1], z[:, at + 1] * a.exp() + b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x[:, following], z[:, following] * a.exp() + b, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_of_rows_far_apart(device):

@@ -62,11 +62,12 @@ def test_embed(dtype, device):  # noqa: F811
     D = 20
     x, weight, bias = draw(MANY, T, D, device=device), draw(C, D, device=device, dtype=dtype), draw(C, device=device)
     pos, classes = draw(T, C, device=device), draw(MANY, C, device=device)
-    starts, flip = torch.arange(MANY, dtype=torch.int32, device=device).repeat(2, 1), torch.zeros(1, dtype=torch.int32)
+    starts = torch.arange(MANY, dtype=torch.int32, device=device).repeat(2, 1)
+    order = torch.randperm(T).to(device, torch.int32)
 
     def run(rows):
         h = torch.empty(len(rows), C, device=device)
-        embed(x[rows], weight, bias, pos, classes[rows], h, starts[:, rows].contiguous(), flip.to(device), 1)
+        embed(x[rows], weight, bias, pos, classes[rows], h, starts[:, rows].contiguous(), order, 1)
         return [h]
 
     check(run)
@@ -154,14 +155,15 @@ def test_affine_inverse(guided, dtype, device):  # noqa: F811
     h = draw(2, MANY, C, device=device, scale=0.3)
     weight, bias = draw(2 * D, C, device=device, dtype=dtype, scale=C**-0.5), draw(2 * D, device=device)
     z, table = draw(MANY, T, D, device=device), draw(2, T, device=device).abs()
-    starts, flip = torch.arange(MANY, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32)
+    starts = torch.arange(MANY, dtype=torch.int32, device=device)
+    order = torch.randperm(T).to(device, torch.int32)
 
     def run(rows):
         x, R = z[rows].clone(), len(rows) * (1 + guided)
         sums = torch.zeros(tuning_step.tail_tiles(C, D, dtype), len(rows), T, device=device)
         now = starts[rows].repeat(2, 1 + guided).contiguous()
         passes = h[: 1 + guided, rows].reshape(R, C).contiguous()
-        affine_inverse(passes, weight, bias, z[rows], x, sums, now, flip.to(device), table, 1, guided)
+        affine_inverse(passes, weight, bias, z[rows], x, sums, now, order, table, 1, guided)
         return [x, sums.transpose(0, 1)]
 
     check(run)

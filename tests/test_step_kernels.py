@@ -15,6 +15,7 @@ from tarflow_fast.ops.registry import triton_missing, triton_refuses
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 STARTS = {3: [0, 4, 8], 2: [8, 3], 1: [6]}  # positions of the rows, the last token of T = 10 never among them
+ORDERS = {"identity": list(range(10)), "flip": list(range(9, -1, -1)), "any": [3, 9, 0, 6, 1, 8, 5, 2, 7, 4]}
 
 
 @pytest.fixture(params=DTYPES, ids=["fp32", "fp16", "bf16"])
@@ -50,9 +51,9 @@ def product(x, weight, bias, dtype):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("flip", [0, 1])
+@pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("R, W, C, D", [(1, 1, 16, 3), (3, 4, 48, 12), (2, 1, 64, 80)])
-def test_embed(R, W, C, D, flip, dtype, device):
+def test_embed(R, W, C, D, name, dtype, device):
     from tarflow_fast.kernels.triton.step_embed import embed
 
     T, B = 10, (R + 1) // 2
@@ -61,10 +62,11 @@ def test_embed(R, W, C, D, flip, dtype, device):
     now = torch.tensor(STARTS[R], dtype=torch.int32, device=device)
     starts = torch.stack([torch.full_like(now, 77), now])
     h = torch.full((R * W, C), torch.nan, device=device)
-    embed(x, weight, bias, pos, classes, h, starts, torch.tensor([flip], dtype=torch.int32, device=device), W)
+    order = torch.tensor(ORDERS[name], dtype=torch.int32, device=device)
+    embed(x, weight, bias, pos, classes, h, starts, order, W)
     assert torch.equal(starts[0], now), "the step begins where the one before it ended"
     p = positions(now, W)
-    rows, place = torch.arange(R * W, device=device) // W, torch.where(p < T - 1, T - 1 - p if flip else p, 0)
+    rows, place = torch.arange(R * W, device=device) // W, order[p.clamp(max=T - 1)]
 
     def expected(kind, wide):
         tokens = x.to(wide)[rows % B, place]
@@ -239,14 +241,14 @@ def test_cached_attention_does_not_depend_on_other_rows(device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("B, W, C, D, scale, guided, flip", [
-    (1, 1, 16, 3, True, False, 0),
-    (3, 1, 64, 12, True, True, 1),
-    (2, 4, 32, 20, True, True, 0),
-    (2, 3, 32, 5, False, True, 1),
-    (3, 1, 32, 16, False, False, 0),
+@pytest.mark.parametrize("B, W, C, D, scale, guided, name", [
+    (1, 1, 16, 3, True, False, "identity"),
+    (3, 1, 64, 12, True, True, "flip"),
+    (2, 4, 32, 20, True, True, "any"),
+    (2, 3, 32, 5, False, True, "flip"),
+    (3, 1, 32, 16, False, False, "any"),
 ])  # fmt: skip
-def test_affine_inverse(B, W, C, D, scale, guided, flip, dtype, device):
+def test_affine_inverse(B, W, C, D, scale, guided, name, dtype, device):
     from tarflow_fast.kernels.triton import tuning_step
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
 
@@ -260,9 +262,8 @@ def test_affine_inverse(B, W, C, D, scale, guided, flip, dtype, device):
     table = draw(2, T, device=device).abs()
     table[0, 4] = 0.0  # no guidance of a there, whatever the unguided pass says
     got = x.clone()
-    affine_inverse(
-        h, weight, bias, z, got, sums, starts, torch.tensor([flip], dtype=torch.int32, device=device), table, W, guided
-    )
+    order = torch.tensor(ORDERS[name], dtype=torch.int32, device=device)
+    affine_inverse(h, weight, bias, z, got, sums, starts, order, table, W, guided)
     assert torch.equal(starts[1], now + (W == 1)) and torch.equal(starts[0], now)
 
     def expected(kind, wide):
@@ -277,7 +278,7 @@ def test_affine_inverse(B, W, C, D, scale, guided, flip, dtype, device):
                 ga, gb = table[:, p].to(wide) if guided else (0.0, 0.0)
                 u = r + B if guided else r
                 its_a, its_b = a[r, w] + ga * (a[r, w] - a[u, w]), b[r, w] + gb * (b[r, w] - b[u, w])
-                place = T - 2 - p if flip else p + 1
+                place = ORDERS[name][p + 1]
                 solved[r, place] = z[r, place].to(wide) * its_a.exp() + its_b
                 total[r, p] = its_a.sum()
         return solved, total

@@ -113,12 +113,12 @@ __global__ void __launch_bounds__(THREADS) backward(const X* dz, const L* dlog_d
 // One block a row: D is 12 to 192.
 template <class A>
 __global__ void __launch_bounds__(THREADS) inverse(const A* ab, const float* z, float* x, float* sums,
-                                                   const int32_t* position, const int32_t* flip, const float* guidance,
+                                                   const int32_t* position, const int32_t* order, const float* guidance,
                                                    Problem p, bool guided) {
     const int64_t row = blockIdx.x, at = position[row];
     if (at < 0 || at >= p.T - 1) return;
     const float ga = guided ? guidance[at] : 0, gb = guided ? guidance[p.T + at] : 0;
-    const int64_t token = (row * p.T + (*flip ? p.T - 2 - at : at + 1)) * p.D;
+    const int64_t token = (row * p.T + order[at + 1]) * p.D;
     const A* own = ab + row * p.ab_width();
     const A* other = own + (guided ? p.B * p.ab_width() : 0);
     double total = 0;
@@ -194,14 +194,14 @@ int tf_cuda_affine_backward(const void* dz, const void* dlog_det, const void* x,
 }
 
 int tf_cuda_affine_inverse(const void* ab, const float* z, float* x, float* sums, const int32_t* position,
-                           const int32_t* flip, const float* guidance, int64_t B, int64_t T, int64_t D, int scale,
+                           const int32_t* order, const float* guidance, int64_t B, int64_t T, int64_t D, int scale,
                            int guided, int ab_dtype, void* stream) {
     const Problem p = {B, T, D, scale != 0, false};
     const auto queue = static_cast<cudaStream_t>(stream);
     return for_types(TF_F32, ab_dtype, [&](auto*, auto* A, auto*) {
         using AT = std::remove_pointer_t<decltype(A)>;
         if (B == 0) return int(TF_CUDA_OK);
-        inverse<<<B, THREADS, 0, queue>>>((const AT*)ab, z, x, sums, position, flip, guidance, p, guided != 0);
+        inverse<<<B, THREADS, 0, queue>>>((const AT*)ab, z, x, sums, position, order, guidance, p, guided != 0);
         return launched();
     });
 }

@@ -1,10 +1,11 @@
 """The tail of a sampling step: the net's output, guidance, and the tokens it solves.
 
     (a, b) = halves of proj_out(h);   a += ga[p] (a - a_u), b += gb[p] (b - b_u) under guidance
-    x[next] = z[next] exp(a) + b,   sums[., p] = sum_d a,   next = the token after position p
+    x[next] = z[next] exp(a) + b,   sums[., p] = sum_d a,   next = order[p + 1]
 
-Rows B .. 2B-1 of a guided pass are the unguided ones. x and z (B, T, D) are fp32, tokens in their own order. The sums
-of a are kept by position, so that a pass over a window may be repeated and log_det still counts each token once.
+Rows B .. 2B-1 of a guided pass are the unguided ones. x and z (B, T, D) are fp32, and order[i] is the place in them of
+the i-th token that the net sees. The sums of a are kept by position, so that a pass over a window may be repeated and
+log_det still counts each token once.
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 from tarflow_fast.kernels.triton import tuning_step
 from tarflow_fast.kernels.triton.device import on
 from tarflow_fast.kernels.triton.exponential import exp
-from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, query_places
+from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, place_of, query_places
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def tail_kernel(
     x_ptr,
     sums_ptr,
     starts_ptr,
-    flip_ptr,
+    order_ptr,
     guidance_ptr,
     W,
     R,
@@ -73,7 +74,7 @@ def tail_kernel(
         g = tl.load(guidance_ptr + T + position, mask=active, other=0.0)[None, :]
         b_u = _product(at, unguided_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
         b += tl.where(g == 0.0, 0.0, g * (b - b_u))
-    place = tl.where(tl.load(flip_ptr) != 0, T - 2 - position, position + 1)
+    place = place_of(order_ptr, position + 1, T)
     token = (row * T + place)[None, :] * D + d[:, None]
     y = tl.load(z_ptr + token, mask=inside, other=0.0)
     if SCALE:
@@ -90,17 +91,17 @@ def tail_kernel(
     tl.store(x_ptr + token, y + b, mask=inside)
 
 
-def affine_inverse(h, weight, bias, z, x, sums, starts, flip, guidance, W, guided):
+def affine_inverse(h, weight, bias, z, x, sums, starts, order, guidance, W, guided):
     """Solves the tokens after the queries of this pass, in x; and with W = 1 moves on to them.
 
     h (M, C) fp32, weight (2D or D, C), z and x (B, T, D) fp32, sums (tiles, B, T) fp32 with the tiles of
-    `tuning_step.tail_tiles`, starts (2, R), flip (1,) int32, guidance (2, T) fp32: ga, gb.
+    `tuning_step.tail_tiles`, starts (2, R) and order (T,) int32, a permutation, guidance (2, T) fp32: ga, gb.
     """
     (B, T, D), C = x.shape, h.shape[1]
     config = tuning_step.tail(C, weight.dtype)
     with on(x.device):
         tail_kernel[(cdiv(D, config["BLOCK_D"]), cdiv(B * W, config["BLOCK_M"]))](
-            h, weight, bias, z, x, sums, starts, flip, guidance, W, starts.shape[1], B, T,
+            h, weight, bias, z, x, sums, starts, order, guidance, W, starts.shape[1], B, T,
             C=C, D=D, SCALE=weight.shape[0] == 2 * D, GUIDED=guided, ADVANCE=int(W == 1),
             DOT=dot_type(weight.dtype), **config,
         )  # fmt: skip

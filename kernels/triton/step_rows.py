@@ -20,6 +20,16 @@ def query_places(start_ptr, m, M, W, T):
 
 
 @triton.jit
+def place_of(order_ptr, i, T):
+    """The place in x, z and pos_embed of the i-th token that the net sees.
+
+    A query past the end gets the place of the last token, and nothing uses it. A masked load would do the same, but it
+    makes the fp32 head of a step spill two registers on sm_80.
+    """
+    return tl.load(order_ptr + tl.minimum(i, T - 1))
+
+
+@triton.jit
 def last_to_arrive(counter_ptr, expected):
     """True in the last of `expected` programs that call it; by then the stores of all of them can be read.
 

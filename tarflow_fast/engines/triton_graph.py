@@ -2,8 +2,8 @@
 replayed for every token of every block.
 
 Everything a step reads that changes lies in device memory: the weights of the block at hand (copied into the workspace,
-in the storage type, which takes as long as one step), the position, the flip, the table of guidance weights and the
-temperatures. So one graph serves all, and the host never waits for the device inside a block.
+in the storage type, which takes as long as one step), the position, the order of the tokens, the table of guidance
+weights and the temperatures. So one graph serves all, and the host never waits for the device inside a block.
 
     embed, L x (LN+qkv+append, attention, proj+residual, LN+fc1+GELU, fc2+residual), proj_out+guidance+affine
 
@@ -79,7 +79,7 @@ class GraphWorkspace:
         self.h, self.queries, self.heads = empty(M, C), empty(M, C, dtype=dtype), empty(M, C, dtype=dtype)
         self.hidden = empty(M, hidden, dtype=dtype)
         self.cache = empty(L, 2, R, H, T, E, dtype=dtype)
-        self.starts, self.flip = empty(2, R, dtype=torch.int32), empty(1, dtype=torch.int32)
+        self.starts, self.order = empty(2, R, dtype=torch.int32), empty(T, dtype=torch.int32)
         self.guidance, self.scale, self.classes = empty(2, T), empty(R), empty(R, C)
         self.sums = empty(tuning_step.tail_tiles(C, D, dtype), B, T)
         kinds = {"fp32": torch.float32, "int32": torch.int32, "storage": dtype}
@@ -141,7 +141,7 @@ class GraphWorkspace:
         self.z.copy_(z)
         self.starts.zero_()
         self.sums.zero_()
-        self.flip.fill_(int(bijection.order.flip))
+        self.order.copy_(bijection.order.index(self.order.device, torch.int32))
         classes = guidance.batch_classes(net.class_embedding(y), net.class_embedding(None), self.B)
         if classes is not None:
             self.classes.copy_(classes.flatten(0, -2).expand_as(self.classes))
@@ -166,7 +166,7 @@ class GraphWorkspace:
         w, W, h, scratch, rows = self.weights, self.W, self.h, self.scratch, self.tuned_rows
         tuned = rows * W
         embed(
-            self.x, w["proj_in.weight"], w["proj_in.bias"], self.pos_embed, self.classes, h, self.starts, self.flip,
+            self.x, w["proj_in.weight"], w["proj_in.bias"], self.pos_embed, self.classes, h, self.starts, self.order,
             W, tuned,
         )  # fmt: skip
         for number, (eps1, eps2) in enumerate(self.eps):
@@ -183,7 +183,7 @@ class GraphWorkspace:
             linear(h, *pair("mlp.main.0"), self.hidden, scratch, "gelu", norm2, tuned_for=tuned)
             linear(self.hidden, *pair("mlp.main.2"), h, scratch, "residual", tuned_for=tuned)
         affine_inverse(
-            h, w["proj_out.weight"], w["proj_out.bias"], self.z, self.x, self.sums, self.starts, self.flip,
+            h, w["proj_out.weight"], w["proj_out.bias"], self.z, self.x, self.sums, self.starts, self.order,
             self.guidance, W, self.guided,
         )  # fmt: skip
 
