@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tarflow_fast.dtypes import wide_dtype
+from tarflow_fast.engines.call import Call
+from tarflow_fast.solvers.density import density_paths, encode_all
 from tarflow_fast.solvers.nonfinite import NonFinite, bad_rows
 from tarflow_fast.validate import check_number, check_positive_int, seeded
 
@@ -25,12 +27,24 @@ Flow = TypeVar("Flow", bound=nn.Module)
 class LikelihoodMixin:
     """Methods of `TokenFlow` and `TarFlow`: x is tokens (B, T, D) of the one, images of the other."""
 
-    def log_prob(self, x: Tensor, y: Tensor | int | None = None) -> Tensor:
+    def log_prob(
+        self,
+        x: Tensor,
+        y: Tensor | int | None = None,
+        *,
+        precision: str | None = None,
+        memory_limit: int | None = None,
+    ) -> Tensor:
         """log p(x | y) = log N(z; 0, var) + log |det dz/dx|, in nats, summed over all dimensions.
+
+        Without gradients (under torch.no_grad()) the native engine computes it on the CPU, where it is the faster.
 
         Args:
             x: (B, T, D), or of a TarFlow (B, in_channels, height, width); the parameters' dtype.
             y: (B,) integer labels, negative for none; an int for all images; or None.
+            precision: 'fp32', 'bf16' or 'int8' (native CPU engine only), without gradients; None: that of the
+                parameters, bf16 under autocast(bfloat16).
+            memory_limit: bytes the engine may take; None: most of what the machine has left.
 
         Returns:
             (B,), float32 (float64 for a float64 model); differentiable in x and the parameters.
@@ -39,7 +53,21 @@ class LikelihoodMixin:
             TypeError, ValueError: as `forward`.
         """
         y = self._check_input("log_prob", x, y)
-        z, log_det = self._encode(self._to_tokens(x), y)
+        with self._call("log_prob", precision, False, memory_limit) as call:
+            return self._density(self._to_tokens(x), y, call)
+
+    def _density(self, tokens: Tensor, y: Tensor | None, call: Call) -> Tensor:
+        """log p of tokens (B, T, D), by the net's modules, or by an engine where no gradient is asked for."""
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (tokens, *self.parameters())):
+            if call.precision is not None:
+                raise ValueError(
+                    f"{call.where}: precision must be None where gradients are kept (torch.no_grad() keeps none), "
+                    f"got {call.precision!r}"
+                )
+            paths = []
+        else:
+            paths = density_paths(self.bijections, tokens, call)
+        z, log_det = encode_all(self.bijections, tokens, y, call, paths) if paths else self._encode(tokens, y)
         return self._log_prior(z) + log_det
 
     def _log_prior(self, z: Tensor) -> Tensor:

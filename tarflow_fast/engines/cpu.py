@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tarflow_fast import native
 from tarflow_fast.engines.call import Call, torch_precision
-from tarflow_fast.engines.cpu_native import BAD_LABEL, SPLITS, Plan, Sizes, Workspace, why_not_weights
+from tarflow_fast.engines.cpu_native import BAD_LABEL, SPLITS, Plan, Sizes, Workspace, run_pass, why_not_weights
 from tarflow_fast.engines.frozen import FrozenNets
 from tarflow_fast.engines.memory import available_memory, rows_within
 from tarflow_fast.engines.weights import Weights, inspect
@@ -32,6 +32,8 @@ SECONDS = 0.03  # a native call returns after about this long
 CACHE = 16 << 20  # bytes of a shared last-level cache to count on
 ROWS = 8  # fewer rows than this at a time waste the reads of the weights
 MOST_ROWS = 256  # more would only lengthen what Ctrl-C waits for: 2048 rows of a layer of C 1024 take 480 ms
+PASS_ROWS, MIN_PASS_ROWS = 512, 32  # tokens of all rows in a pass over known tokens
+PASS_FLOPS = 5e9  # of such a pass at most: a tenth of a second at 50 GFLOP/s, since Ctrl-C waits for it
 PARTS = ("proj_in", "qkv", "attention", "proj", "fc1", "fc2", "proj_out", "update", "wait")  # enum tf_part
 
 
@@ -153,6 +155,47 @@ class Engine:
             if stage.value >= tokens * stages:
                 return
 
+    def plan_for(self, bijection: Bijection, weights: Weights) -> Plan:
+        """The plan of this net, packed."""
+        self._take_plan(bijection.net, Sizes.of(weights, bijection.transform, self.precision), weights)
+        return self._plan
+
+    def tile(self, sizes: Sizes, B: int) -> tuple[int, int]:
+        """Rows and tokens of a pass over known tokens: PASS_ROWS of them, whole sequences where that is enough."""
+        most = max(MIN_PASS_ROWS, min(PASS_ROWS, int(PASS_FLOPS / (24 * sizes.channels**2 * sizes.layers))))
+        window = min(max(sizes.tokens - 1, 1), most)
+        rows = min(B, max(1, most // window))
+        rows = rows_within(
+            rows,
+            lambda rows: Plan.bytes_of(sizes) + Workspace.bytes_of(sizes, rows, window),
+            self.memory_limit,
+            lambda: available_memory(0 if self._workspace is None else self._workspace.bytes),
+            lambda: f"plans {Plan.bytes_of(sizes):,}, workspace {Workspace.bytes_of(sizes, 1, window):,}",
+        )
+        return rows, window
+
+    def run(
+        self, plan: Plan, bijection: Bijection, tokens: Tensor, position: int, y: Tensor | None, guidance: Guidance
+    ) -> Tensor:
+        """`CpuPasses.run`, with a workspace that fits."""
+        share, (B, W, _) = 2 if guidance.active else 1, tokens.shape
+        space, threads = self._workspace, native.threads()
+        fits = space is not None and space.sizes.key() == plan.sizes.key() and space.rows >= B * share
+        if not fits or space.window < W or space.threads < threads:
+            self._workspace = self._prepared = None
+            self._workspace = space = Workspace.of(plan.sizes, B * share, W, threads)
+        scale = guidance.query_scale(B, tokens)
+        if scale is not None:  # of conditional and unguided rows side by side
+            scale = scale.flatten().view(2, B).T.contiguous()
+        order = None if bijection.order.identity else bijection.order.index(torch.device("cpu"), torch.int32)
+        ab = run_pass(
+            plan, space, tokens, position, labels=y, query_scale=scale, guided=share == 2, order=order,
+            split={code: name for name, code in SPLITS.items()}[self.split],
+        )  # fmt: skip
+        if share == 2:
+            ab = torch.cat([ab[0::2], ab[1::2]])
+        return guidance.combine(ab, bijection.transform.parts, position, plan.sizes.tokens)
+
     def close(self) -> None:
         """Puts the memory aside for a later engine; without it the memory goes back with the object."""
         things = self._plan if self._frozen is None else None, self._workspace
@@ -212,9 +255,25 @@ class CpuPasses:
         self, engine: Engine, bijection: Bijection, y: Tensor | None, guidance: Guidance, weights: Weights
     ) -> None:
         self.engine, self.bijection, self.y, self.guidance, self.weights = engine, bijection, y, guidance, weights
+        self._plan: Plan | None = None
 
     def solve(self, z: Tensor, on_token: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
         return self.engine.invert(self.bijection, z, self.y, self.guidance, on_token, self.weights)
+
+    def tile(self, B: int) -> tuple[int, int]:
+        """How many rows and how many tokens of a batch of B a pass over known tokens should take."""
+        return self.engine.tile(Sizes.of(self.weights, self.bijection.transform, self.engine.precision), B)
+
+    def run(self, tokens: Tensor, position: int, rows: slice = slice(None)) -> Tensor:
+        """The net on W tokens a row, which follow those it saw before.
+
+        tokens: (b, W, D) float32 of net order, of the rows `rows` of the batch.  position: of the first of them.
+        Returns (b, W, P D), guided, float32.
+        """
+        if self._plan is None:
+            self._plan = self.engine.plan_for(self.bijection, self.weights)
+        y = None if self.y is None else self.y[rows]
+        return self.engine.run(self._plan, self.bijection, tokens, position, y, self.guidance)
 
 
 class CpuEngine:

@@ -32,7 +32,7 @@ from tarflow_fast.engines.weights import DTYPES, Weights, inspect
 from tarflow_fast.ops.registry import Op, asked_for, register, under_transform, warn_once
 from tarflow_fast.transforms import Bijection, Guidance
 
-__all__ = ["TABLE", "Path", "find_path", "open_passes"]
+__all__ = ["TABLE", "Path", "check_precision", "find_path", "open_passes"]
 
 # An entry of the registry like those of the ops, so that `explain` and TARFLOW_FAST_BACKEND treat all alike.
 TABLE = register(
@@ -59,8 +59,10 @@ class Path(NamedTuple):
     weights: Weights | None = None
 
 
-def find_path(bijection: Bijection, z: Tensor, call: Call) -> Path:
+def find_path(bijection: Bijection, z: Tensor, call: Call, insist: bool = True) -> Path:
     """The path for such arguments; of z only type, dtype, layout and device are looked at.
+
+    insist: whether a backend asked for by name must take the block; else PyTorch may, as for any block that is refused.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -80,7 +82,7 @@ def find_path(bijection: Bijection, z: Tensor, call: Call) -> Path:
                 return Path(first, first, weights=found)
         else:
             reason = found
-    if asked_for(call.backend) == first:
+    if insist and asked_for(call.backend) == first:
         raise RuntimeError(f"block_inverse: backend {first!r} cannot run: {reason}")
     return Path("torch", first, reason, aside)
 
@@ -112,10 +114,10 @@ def open_passes(
         except Exception as error:  # Triton's compiler and the driver raise what they like
             if asked_for(call.backend) == "triton":
                 raise
-            _check_precision(bijection, z, call, str(error), error)
+            check_precision(bijection, z, call, str(error), error)
             warn_once(f"tarflow_fast inverts on 'torch' instead of 'triton' ({z.device.type} tensors): {error}")
     elif path.engine == "torch":
-        _check_precision(bijection, z, call, path.reason or _why_no_engine(z))
+        check_precision(bijection, z, call, path.reason or _why_no_engine(z))
         if path.aside and not call.told:
             call.told = True  # one block is named; the others, for the same reason or another, are in `info.blocks`
             warn_once(
@@ -154,7 +156,7 @@ def _why_no_engine(z: Tensor) -> str:
     return f"{z.device.type} tensors have none" if first == "torch" else TABLE.why_not(first, z.device, z.dtype)
 
 
-def _check_precision(bijection: Bijection, z: Tensor, call: Call, reason: str, cause: Exception | None = None) -> None:
+def check_precision(bijection: Bijection, z: Tensor, call: Call, reason: str, cause: Exception | None = None) -> None:
     """Raise where PyTorch would not compute in the precision asked for; reason: why no engine does."""
     if call.precision not in (None, torch_precision(bijection.net, z)):
         raise RuntimeError(
