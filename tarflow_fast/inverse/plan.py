@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRECISIONS", "SPLITS", "Plan", "Sizes", "Workspace", "run_pass"]
 
+TRANSFORM_PARTS = (1, 2)  # of enum tf_transform: shift, affine
 PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}  # enum tf_precision
 SPLITS = {"auto": 0, "columns": 1, "rows": 2}  # enum tf_split
 BAD_SIZE, NOT_FINITE, BAD_LABEL = 5, 6, 7  # enum tf_status
@@ -36,7 +37,7 @@ class Sizes(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("tokens", "token_size", "channels", "layers", "head_size", "hidden", "classes")
         ),
-        *((name, ctypes.c_int32) for name in ("scale", "precision")),
+        *((name, ctypes.c_int32) for name in ("transform", "precision")),
     ]
 
     @classmethod
@@ -241,7 +242,7 @@ def run_pass(
     share = 2 if guided else 1
     R, W, D = tokens.size(0) * share, tokens.size(1), tokens.size(2)
     inputs = [None if tensor is None else tensor.contiguous() for tensor in (tokens, labels, query_scale, order)]
-    ab = tokens.new_empty(R, W, D * (2 if plan.sizes.scale else 1))
+    ab = tokens.new_empty(R, W, D * TRANSFORM_PARTS[plan.sizes.transform])
     pointers = [native.pointer(tensor) for tensor in (*inputs, ab)]
     arguments = _Pass(*pointers, R, W, position, guided, SPLITS[split])
     status = plan.library.tf_pass(plan.handle, workspace.handle, ctypes.byref(arguments), native.threads())
