@@ -37,7 +37,7 @@ $(VENV)/.torch:
 	$(BIN)/pip install -q "$(TORCH)"
 	touch $@
 
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cpu/*/* csrc/cuda/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cpu/*/* csrc/cpu/*/*/* csrc/cuda/*)
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -q -e ".[demo]"

@@ -67,6 +67,12 @@ TF_EXPORT int tf_affine_backward(const void* dz, const void* dlog_det, const voi
 // say their bytes before they are made. A plan may serve several threads at once, a workspace one run at a time; a
 // workspace serves every plan of its sizes and precision, one run after another.
 
+// What the parameters of a token do to the next one. They come in parts of D numbers each.
+enum tf_transform {
+    TF_TRANSFORM_SHIFT = 0,   // x = z + b, volume preserving; b
+    TF_TRANSFORM_AFFINE = 1,  // x = z exp(a) + b; a, then b
+};
+
 enum tf_precision { TF_PRECISION_FP32 = 0, TF_PRECISION_BF16 = 1, TF_PRECISION_INT8 = 2 };
 
 // How a run is spread over threads: each its rows, or each its columns. Bits do not depend on it.
@@ -90,10 +96,10 @@ enum tf_part {
 typedef struct tf_plan tf_plan;
 typedef struct tf_workspace tf_workspace;
 
-// The sizes of a block. channels is a multiple of head_size; scale: 0 when volume preserving (proj_out gives b alone).
+// The sizes of a block. channels is a multiple of head_size; transform: of enum tf_transform; precision: of tf_precision.
 typedef struct tf_block {
     int64_t tokens, token_size, channels, layers, head_size, hidden, classes;  // classes: 0 for an unconditional block
-    int32_t scale, precision;
+    int32_t transform, precision;
 } tf_block;
 
 // Bytes a plan takes; -1 when the sizes are out of range or do not fit.
@@ -126,14 +132,15 @@ TF_EXPORT void tf_workspace_destroy(tf_workspace* workspace);
 typedef struct tf_inversion {
     const float* z;            // (B, T, D)
     float* x;                  // (B, T, D), does not alias z
-    double* log_det;           // (B,): sum of a
+    double* log_det;           // (B,): log |dx / dz|
     const int64_t* labels;     // (B,) below classes, negative for none; NULL: none. No label: the mean class embedding
     const float* query_scale;  // (R,) factor on the attention logits; NULL for 1
     const float* guidance;     // (B,) weights; NULL without guidance
     const int32_t* order;      // (T,): the place in z, x and pos_embed of token i of net order; NULL: i itself
     double* clock;             // (threads, TF_PARTS): seconds spent in each part, added to; NULL: nobody asks
     int64_t batch;
-    int32_t guide_a, guide_b, annealed, split;
+    int32_t guided_parts;  // bit p: guidance acts on part p of the parameters
+    int32_t annealed, split;
 } tf_inversion;
 
 // Inverts the block. `order` must be a permutation. This function checks that its values lie in [0, T) and returns
@@ -152,7 +159,7 @@ typedef struct tf_pass_arguments {
     const int64_t* labels;     // as above, of each row of `tokens`
     const float* query_scale;  // as above
     const int32_t* order;      // as above; the places in pos_embed alone
-    float* ab;                 // (rows, window, 2D), or (rows, window, D) when volume preserving
+    float* ab;                 // (rows, window, parts of the transform's parameters times D)
     int64_t rows, window, position;
     int32_t guided, split;
 } tf_pass_arguments;

@@ -49,6 +49,7 @@ def test_nothing_is_written_when_weights_are_refused():
     [
         ("tokens", 2**31), ("tokens", 0), ("token_size", -1), ("channels", 2**40), ("layers", 2**20), ("head_size", 0),
         ("head_size", 100), ("hidden", 2**62), ("classes", -1), ("classes", 2**31), ("precision", 3), ("precision", -1),
+        ("transform", 2), ("transform", -1),
     ],
 )  # fmt: skip
 def test_sizes_out_of_range(field, value):

@@ -42,9 +42,8 @@ class Inversion:
         self.strength = torch.full((B,), float(guidance.weight)) if guidance.active else None
         self.temper = torch.tensor([1.0, 1.0 / guidance.attn_temp]).repeat(B) if guidance.active else None
         tensors = (self.z, self.x, self.log_det, self.labels, self.temper, self.strength, self.order, None)
-        what = {f"guide_{name}": name in guidance.what for name in "ab"}
         self.job = _Inversion(
-            *map(native.pointer, tensors), batch=B, **what, annealed=guidance.annealed, split=SPLITS[split]
+            *map(native.pointer, tensors), batch=B, guided_parts=3, annealed=guidance.annealed, split=SPLITS[split]
         )
         self.stage = ctypes.c_int64(0)
 

@@ -44,7 +44,7 @@ class _Inversion(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "labels", "query_scale", "guidance")),
         *((name, ctypes.c_void_p) for name in ("order", "clock")),
         ("batch", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("guide_a", "guide_b", "annealed", "split")),
+        *((name, ctypes.c_int32) for name in ("guided_parts", "annealed", "split")),
     ]
 
 
@@ -122,6 +122,7 @@ class Engine:
         scale = torch.tensor([1.0, 1.0 / guidance.attn_temp], **plain).repeat(B) if tempered else None
         strength = torch.full((B,), float(guidance.weight), **plain) if guidance.active else None
         order = None if bijection.order.identity else bijection.order.index(torch.device("cpu"), torch.int32)
+        guided_parts = sum((part in guidance.what) << k for k, part in enumerate(bijection.transform.parts))
         groups = -(-B // self._group)
         for number in range(groups):
             begin, end = B * number // groups, B * (number + 1) // groups
@@ -130,8 +131,7 @@ class Engine:
                 parts = [(None if part is None else part[begin * per :], per) for part, per in parts]
             pointers = [native.pointer(part) for part, _ in parts]
             pointers += [native.pointer(order), native.pointer(self.clock)]
-            what = "a" in guidance.what, "b" in guidance.what
-            job = _Inversion(*pointers, end - begin, *what, guidance.annealed, self.split)
+            job = _Inversion(*pointers, end - begin, guided_parts, guidance.annealed, self.split)
             self._run(job, on_token, number, groups, threads)
         return x.to(z.dtype), log_det.to(torch.float32)
 

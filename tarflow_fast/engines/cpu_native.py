@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tarflow_fast import native
 from tarflow_fast.engines.weights import Weights
-from tarflow_fast.transforms import Affine, Shift
+from tarflow_fast.transforms import TRANSFORMS, Affine, Shift
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,7 +25,8 @@ __all__ = ["PRECISIONS", "SPLITS", "Plan", "Sizes", "Workspace", "run_pass", "wh
 EPS = 1e-5
 HEAD_SIZES = range(16, 129)
 PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}  # enum tf_precision
-TRANSFORM_CODES = {"shift": 0, "affine": 1}  # tf_block.scale
+TRANSFORM_CODES = {"shift": 0, "affine": 1}  # enum tf_transform
+TRANSFORM_PARTS = {code: len(TRANSFORMS[name].parts) for name, code in TRANSFORM_CODES.items()}
 SPLITS = {"auto": 0, "columns": 1, "rows": 2}  # enum tf_split
 BAD_SIZE, NOT_FINITE, BAD_LABEL = 5, 6, 7  # enum tf_status
 
@@ -49,7 +50,7 @@ class Sizes(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("tokens", "token_size", "channels", "layers", "head_size", "hidden", "classes")
         ),
-        *((name, ctypes.c_int32) for name in ("scale", "precision")),
+        *((name, ctypes.c_int32) for name in ("transform", "precision")),
     ]
 
     @classmethod
@@ -256,7 +257,7 @@ def run_pass(
     share = 2 if guided else 1
     R, W, D = tokens.size(0) * share, tokens.size(1), tokens.size(2)
     inputs = [None if tensor is None else tensor.contiguous() for tensor in (tokens, labels, query_scale, order)]
-    ab = tokens.new_empty(R, W, D * (2 if plan.sizes.scale else 1))
+    ab = tokens.new_empty(R, W, D * TRANSFORM_PARTS[plan.sizes.transform])
     pointers = [native.pointer(tensor) for tensor in (*inputs, ab)]
     arguments = _Pass(*pointers, R, W, position, guided, SPLITS[split])
     status = plan.library.tf_pass(plan.handle, workspace.handle, ctypes.byref(arguments), native.threads())

@@ -31,7 +31,7 @@ std::vector<float> draw(int64_t n, float scale) {
 }
 
 std::vector<std::vector<float>> draw_weights(const tf_block& s) {
-    const int64_t C = s.channels, D = s.token_size, F = s.hidden, out = s.scale ? 2 * D : D;
+    const int64_t C = s.channels, D = s.token_size, F = s.hidden, out = D * (1 + s.transform);
     std::vector<std::vector<float>> tensors;
     const auto add = [&](int64_t n, float scale) { tensors.push_back(draw(n, scale)); };
     add(C * D, 0.5f), add(C, 0.1f), add(s.tokens * C, 0.1f), add(out * C, 0.05f), add(out, 0.05f);
@@ -59,7 +59,7 @@ struct Case {
 // x and log_det of the inverse, then a and b of a pass over windows of up to three tokens of x.
 int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::vector<double>& result) {
     const tf_block& s = c.block;
-    const int64_t B = c.batch, T = s.tokens, D = s.token_size, R = c.rows(), out = s.scale ? 2 * D : D, window = 3;
+    const int64_t B = c.batch, T = s.tokens, D = s.token_size, R = c.rows(), out = D * (1 + s.transform), window = 3;
     tf_workspace* space;
     CHECK(tf_workspace_create(&s, R, window, threads, &space) == TF_OK);
     std::vector<float> x(B * T * D);
@@ -69,7 +69,7 @@ int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::ve
     in.labels = c.labels.data(), in.query_scale = c.scale.data();
     in.guidance = c.guided ? c.strength.data() : nullptr;
     in.order = c.places(), in.clock = clock.data(), in.batch = B;
-    in.guide_a = in.guide_b = in.annealed = 1, in.split = c.split;
+    in.guided_parts = 3, in.annealed = 1, in.split = c.split;
     const int64_t stages = (T - 1) * (s.layers + 2);
     for (int64_t stage = 0; stage < stages;) CHECK(tf_invert(plan, space, &in, &stage, seconds, threads) == TF_OK);
     result.assign(log_det.begin(), log_det.end());

@@ -1,51 +1,59 @@
-// The inverse of a block, one token after another:  x_0 = z_0;  x_{i+1} = z_{i+1} exp(a_i) + b_i.
+// The inverse of a block, one token after another:  x_0 = z_0;  x_{i+1} = transform(z_{i+1}, parameters of token i).
 //
 // Work is counted in stages, L + 2 a token (embed, layers, tail), so that a run can stop and go on between any two.
 #include "run.h"
+#include "transforms/transforms.h"
 
 namespace tf::TF_ISA {
 namespace {
+
+struct Job;
+
+// Finds the tokens that follow token i, of batch rows `rows`, and adds their share of the log-det.
+typedef void (*Update)(const Job& job, Range rows, int64_t i);
 
 struct Job {
     const Plan& plan;
     Workspace& space;
     const tf_inversion& in;
     int64_t share;  // engine rows of a batch row: conditional and, under guidance, unguided, side by side
+    Update update;  // of the block's transform
 
     int64_t token(int64_t i) const { return in.order ? in.order[i] : i; }
     float* x(int64_t b, int64_t i) const { return in.x + (b * plan.shape.T + token(i)) * plan.shape.D; }
     const float* z(int64_t b, int64_t i) const { return in.z + (b * plan.shape.T + token(i)) * plan.shape.D; }
 };
 
-// Guided combine, exp, the next token and its share of the log-det, for batch row b and the net's output at token i.
-void update(const Job& job, int64_t b, int64_t i) {
-    const Shape& s = job.plan.shape;
-    const float* ab = job.space.ab + b * job.share * stride(s.out);
-    const float* unguided = job.share == 2 ? ab + stride(s.out) : nullptr;
-    const double weight = unguided ? job.in.guidance[b] : 0.0;
-    const vf g = splat(float(job.in.annealed ? weight * double(i + 1) / double(s.T - 1) : weight));
-    const auto guided = [=](int64_t at, int n, bool active) {
-        const vf value = load_part(ab + at, n);
-        return unguided && active ? fma(g, value - load_part(unguided + at, n), value) : value;
-    };
-    const float* z = job.z(b, i + 1);
-    float* x = job.x(b, i + 1);
-    vd total[2] = {};
-    for (int64_t d = 0; d < s.D; d += W) {
-        const int n = s.D - d < W ? int(s.D - d) : W;
-        const vf shift = guided(s.out - s.D + d, n, job.in.guide_b != 0);
-        vf next = load_part(z + d, n);
-        if (s.scale) {
-            const vf a = guided(d, n, job.in.guide_a != 0);  // 0 in the lanes past D
-            next = next * exp(a);
-            vd low, high;
-            widen(a, low, high);
-            total[0] += low, total[1] += high;
-        }
-        next += shift;
-        n == W ? store(x + d, next) : store(x + d, next, n);
+// The parameters of one token of one batch row, (PARTS, D): p + g (p - q) in the parts that guidance acts on, p being
+// those of the conditional row and q those of the unguided one.
+template <int PARTS>
+struct Guided {
+    const float *own, *unguided;  // the latter nullptr without guidance
+    int64_t D;
+    vf strength;  // g
+    bool acts_on[PARTS];
+
+    vf load(int part, int64_t d, int n) const {
+        const vf value = load_part(own + part * D + d, n);
+        if (!unguided || !acts_on[part]) return value;
+        return fma(strength, value - load_part(unguided + part * D + d, n), value);
     }
-    job.in.log_det[b] += sum(total[0] + total[1]);
+};
+
+template <class Transform>
+void update(const Job& job, Range rows, int64_t i) {
+    const Shape& s = job.plan.shape;
+    Guided<Transform::PARTS> parameters = {nullptr, nullptr, s.D, zero(), {}};
+    for (int part = 0; part < Transform::PARTS; ++part) parameters.acts_on[part] = job.in.guided_parts >> part & 1;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+        parameters.own = job.space.ab + b * job.share * stride(s.out);
+        if (job.share == 2) {
+            const double weight = job.in.guidance[b];
+            parameters.unguided = parameters.own + stride(s.out);
+            parameters.strength = splat(float(job.in.annealed ? weight * double(i + 1) / double(s.T - 1) : weight));
+        }
+        job.in.log_det[b] += Transform::inverse(job.z(b, i + 1), parameters, s.D, job.x(b, i + 1));
+    }
 }
 
 template <class P>
@@ -65,7 +73,7 @@ void run_stage(const Job& job, const Pass& p, int64_t stage) {
         else
             p.meet();
         const int64_t first = p.rows.begin / job.share;
-        for (int64_t b = first + mine.begin; b < first + mine.end; ++b) update(job, b, p.position);
+        job.update(job, {first + mine.begin, first + mine.end}, p.position);
         p.clock->mark(TF_PART_UPDATE);
         p.meet();
     }
@@ -140,7 +148,9 @@ int invert(const tf_plan* plan_handle, tf_workspace* workspace, const tf_inversi
     const Plan& plan = *reinterpret_cast<const Plan*>(plan_handle);
     Workspace& space = *reinterpret_cast<Workspace*>(workspace);
     const Shape& s = plan.shape;
-    const Job job = {plan, space, *in, in->guidance ? 2 : 1};
+    const Update update_of =
+        with_transform(s.transform, [](auto transform) -> Update { return update<decltype(transform)>; });
+    const Job job = {plan, space, *in, in->guidance ? 2 : 1, update_of};
     const int64_t end = (s.T - 1) * (s.L + 2);
     if (in->batch < 1 || !fits(plan.shape, space, in->batch * job.share, 1) || *stage < 0 || *stage > end)
         return TF_BAD_SIZE;

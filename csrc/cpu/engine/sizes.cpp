@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 #include <string.h>
+
+#include "transforms/transforms.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -21,11 +23,12 @@ bool make_shape(const tf_block& b, Shape* s) {
     if (b.layers > 65536 || b.head_size > b.channels || b.channels % b.head_size) return false;
     if (b.precision < TF_PRECISION_FP32 || b.precision > TF_PRECISION_INT8) return false;
     s->T = b.tokens, s->D = b.token_size, s->C = b.channels, s->L = b.layers, s->E = b.head_size, s->F = b.hidden;
-    s->N = b.classes, s->scale = b.scale != 0, s->precision = b.precision;
+    s->N = b.classes, s->transform = b.transform, s->precision = b.precision;
     s->H = s->C / s->E;
     s->Ep = round_up(s->E, 16);
     s->Tp = round_up(s->T, KEYS);
-    s->out = s->scale ? 2 * s->D : s->D;
+    s->out = s->D * with_transform(s->transform, [](auto transform) -> int64_t { return transform.PARTS; });
+    if (s->out == 0) return false;  // no transform has this number
     s->group = 1;
     while (s->group < 4 && s->group < s->H && 3 * s->Ep * s->group % PANEL) s->group *= 2;
     s->groups = (s->H + s->group - 1) / s->group;

@@ -82,14 +82,13 @@ struct Shape {
     int64_t N;      // classes
     int64_t H;      // heads
     int64_t Ep;     // head size as stored, a multiple of 16
-    int64_t out;    // columns of proj_out: 2 D, or D when volume preserving
+    int64_t out;    // columns of proj_out: D for each part of the transform's parameters
     int64_t Tp;     // T as stored, a multiple of KEYS
     int64_t group;  // heads whose queries, keys and values fill whole panels together
     int64_t groups;
     int64_t group_panels;
     int64_t parts;  // of the sums of proj and fc2; no group of heads and no panel of hidden is split
-    bool scale;
-    int precision;
+    int transform, precision;
 
     int64_t operand_bytes() const;
     int64_t cache_bytes() const;  // of one cached number

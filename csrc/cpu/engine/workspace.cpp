@@ -66,8 +66,8 @@ int workspace_create(const tf_block* block, int64_t rows, int64_t window, int th
 
 bool fits(const Shape& s, const Workspace& w, int64_t rows, int64_t window) {
     const Shape& o = w.shape;
-    return s.T == o.T && s.D == o.D && s.C == o.C && s.L == o.L && s.E == o.E && s.F == o.F && s.scale == o.scale &&
-           s.precision == o.precision && rows <= w.rows && window <= w.window;
+    return s.T == o.T && s.D == o.D && s.C == o.C && s.L == o.L && s.E == o.E && s.F == o.F &&
+           s.transform == o.transform && s.precision == o.precision && rows <= w.rows && window <= w.window;
 }
 
 int workspace_rest(tf_workspace* workspace) {

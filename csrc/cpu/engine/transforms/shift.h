@@ -1,0 +1,24 @@
+// A shift for every number of a token, which keeps volumes:  x = z + b;  log |dx / dz| = 0.
+#pragma once
+#include "../operand.h"
+
+namespace tf::TF_ISA {
+namespace {
+
+struct Shift {
+    static constexpr int PARTS = 1;  // b
+
+    // As Affine::inverse.
+    template <class Parameters>
+    static inline double inverse(const float* z, const Parameters& parameters, int64_t D, float* x) {
+        for (int64_t d = 0; d < D; d += W) {
+            const int n = D - d < W ? int(D - d) : W;
+            const vf next = load_part(z + d, n) + parameters.load(0, d, n);
+            n == W ? store(x + d, next) : store(x + d, next, n);
+        }
+        return 0.0;
+    }
+};
+
+}  // namespace
+}  // namespace tf::TF_ISA
