@@ -18,7 +18,7 @@ def step_kernels(inverse, B, guided):
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
     from tarflow_fast.kernels.triton.step_embed import embed
-    from tarflow_fast.kernels.triton.step_linear import linear
+    from tarflow_fast.kernels.triton.step_linear import Append, Norm, linear
 
     timer, record, dtype, tiny = inverse.timer, inverse.record, inverse.dtype, not inverse.timer.cuda
     z, guidance = inverse.noise(B, guided)
@@ -47,9 +47,9 @@ def step_kernels(inverse, B, guided):
         moved, flops = N * K * size + R * (N + K) * size, 2 * R * N * K
 
         def ours(layer, part=part, x=x, out=out, epilogue=epilogue, norm=norm):
-            gain = (*of(layer, norm), 1e-5) if norm else None
-            append = (ws.cache[layer], ws.starts, 1) if epilogue == "append" else None
-            linear(x, *of(layer, part), out, ws.scratch, epilogue, gain, append)
+            before = Norm(*of(layer, norm), 1e-5) if norm else None
+            append = Append(ws.cache[layer], ws.starts, 1) if epilogue == "append" else None
+            linear(x, *of(layer, part), out=out, scratch=ws.scratch, epilogue=epilogue, norm=before, append=append)
 
         def cublas(layer, part=part, x=x, epilogue=epilogue, norm=norm):
             weight, bias = of(layer, part)
@@ -68,7 +68,9 @@ def step_kernels(inverse, B, guided):
         moved, flops = 2 * R * length * C * size, 4 * R * length * C
 
         def ours(layer):
-            cached_attention(ws.queries, ws.cache[layer], ws.scale, ws.starts, ws.heads, ws.scratch, 1)
+            cached_attention(
+                ws.queries, ws.cache[layer], scale=ws.scale, starts=ws.starts, out=ws.heads, scratch=ws.scratch, W=1
+            )
 
         def sdpa(layer, length=length):
             query = ws.queries.view(R, C // 64, 1, 64)
@@ -82,30 +84,15 @@ def step_kernels(inverse, B, guided):
 
     def head(_):
         embed(
-            ws.x,
-            *(w[f"proj_in.{n}"] for n in ("weight", "bias")),
-            ws.pos_embed,
-            ws.classes,
-            ws.h,
-            ws.starts,
-            ws.order,
-            1,
-        )
+            x=ws.x, weight=w["proj_in.weight"], bias=w["proj_in.bias"], pos_embed=ws.pos_embed, classes=ws.classes,
+            h=ws.h, starts=ws.starts, order=ws.order, W=1,
+        )  # fmt: skip
 
     def tail(_):
         affine_inverse(
-            ws.h,
-            w["proj_out.weight"],
-            w["proj_out.bias"],
-            ws.z,
-            ws.x,
-            ws.sums,
-            ws.starts,
-            ws.order,
-            ws.guidance,
-            1,
-            guided,
-        )
+            h=ws.h, weight=w["proj_out.weight"], bias=w["proj_out.bias"], z=ws.z, x=ws.x, sums=ws.sums,
+            starts=ws.starts, order=ws.order, guidance=ws.guidance, W=1, guided=guided,
+        )  # fmt: skip
 
     time("head", "ours", head, C * D * size + R * C * 4, 2 * R * C * D, 1)
     time("tail", "ours", tail, 2 * C * D * size + R * C * 4, 4 * R * C * D, 1)

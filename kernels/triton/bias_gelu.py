@@ -73,7 +73,7 @@ def bias_gelu_backward(dout, x, bias, dx, dbias=None):
         if dbias is not None:
             dbias.zero_()
         return
-    down, steps = chunks(rows, settings["ROWS"], across)
+    down, steps = chunks(rows=rows, tile_rows=settings["ROWS"], across=across)
     if dbias is None:
         down, steps = triton.cdiv(rows, settings["ROWS"]), 1
     partial = partial_sums(down if dbias is not None else 0, x)

@@ -75,7 +75,7 @@ def bias_residual_backward(dout, dx=None, dbias=None):
         if dbias is not None:
             dbias.zero_()
         return
-    down, steps = chunks(rows, settings["ROWS"], across)
+    down, steps = chunks(rows=rows, tile_rows=settings["ROWS"], across=across)
     partial = partial_sums(down if dbias is not None else 0, dout)
     given = {"INPUT": dx is not None, "BIAS": dbias is not None}
     with on(dout.device):

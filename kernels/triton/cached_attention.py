@@ -25,20 +25,24 @@ def _exp2(score, maximum):
 
 @triton.jit
 def attention_kernel(
+    # the queries, the cache, and for each row the scale of its logits and its position
     q_ptr,
     cache_ptr,
     scale_ptr,
     start_ptr,
     out_ptr,
+    # scratch, if SPLITS > 1
     partial_ptr,
     sums_ptr,
     counter_ptr,
+    # sizes: M = R W queries
     M,
     W,
     R,
     T,
     H: tl.constexpr,
     E: tl.constexpr,
+    # tiles, and the type of the products' operands; ONE: W is 1
     SPLITS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -135,17 +139,23 @@ def attention_kernel(
     tl.store(out_ptr + pair[None, :] * E + e[:, None], out.to(out_ptr.dtype.element_ty), mask=real[None, :])
 
 
-def cached_attention(q, cache, scale, starts, out, scratch, W, tuned_for=None):
-    """Fills out (M, C). q (M, C) and cache (2, R, H, T, E) in the storage type, scale (R,) fp32 in units of log2.
+def cached_attention(q, cache, *, scale, starts, out, scratch, W, tuned_rows=None):
+    """Fills out.
 
-    scratch: `partials`, fp32, `sums` fp32 and `counters` int32 (zero), as `tuning_step.scratch` asked for.
-    tuned_for: number of rows whose tiles are taken; R by default.
+    Args:
+        q, out: (M, C) storage type, M = R W.
+        cache: (2, R, H, T, E) storage type.
+        scale: (R,) fp32, of the logits in units of log2.
+        starts: (2, R) int32.
+        scratch: what `tuning_step.scratch` asked for: partials fp32, sums fp32, counters int32 (zero).
+        W: queries a row.
+        tuned_rows: number of rows whose tiles are taken; R by default.
     """
-    M = q.shape[0]
     _, R, H, T, E = cache.shape
-    config = tuning_step.attention(tuned_for or R, H, T, W, cache.dtype)
+    config = tuning_step.attention(R=tuned_rows or R, W=W, H=H, T=T, dtype=cache.dtype)
     with on(q.device):
         attention_kernel[(R * H * cdiv(W, config["BLOCK_W"]), config["SPLITS"])](
-            q, cache, scale, starts, out, scratch["partials"], scratch["sums"], scratch["counters"], M, W, R, T,
-            H=H, E=E, DOT=dot_type(cache.dtype), **config,
+            q_ptr=q, cache_ptr=cache, scale_ptr=scale, start_ptr=starts, out_ptr=out,
+            partial_ptr=scratch["partials"], sums_ptr=scratch["sums"], counter_ptr=scratch["counters"],
+            M=q.shape[0], W=W, R=R, T=T, H=H, E=E, DOT=dot_type(cache.dtype), **config,
         )  # fmt: skip

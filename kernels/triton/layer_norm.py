@@ -99,7 +99,9 @@ def layer_norm_backward(dout, x, weight, mean, rstd, dx, dweight=None, dbias=Non
         if weights:
             dweight.zero_(), dbias.zero_()
         return
-    programs, steps = chunks(rows, settings["ROWS"], 1) if weights else (triton.cdiv(rows, settings["ROWS"]), 1)
+    programs, steps = triton.cdiv(rows, settings["ROWS"]), 1
+    if weights:
+        programs, steps = chunks(rows=rows, tile_rows=settings["ROWS"], across=1)
     partial = mean.new_empty(programs, 2, x.shape[-1]) if weights else mean
     with on(x.device):
         backward_kernel[(programs,)](dout, x, weight, mean, rstd, dx, partial, rows, steps, WEIGHTS=weights, **settings)

@@ -11,10 +11,10 @@ import triton
 
 
 class Tiles(NamedTuple):
-    """A program owns block_m tokens and walks over the others block_n at a time."""
+    """A program owns `own` tokens and walks over the others `walk` at a time."""
 
-    block_m: int
-    block_n: int
+    own: int
+    walk: int
     num_warps: int
     num_stages: int
 
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
-# Of (head size, architecture), for 16-bit storage. Accumulators stay in registers; block_n divides block_m. On sm_90 a
+# Of (head size, architecture), for 16-bit storage. Accumulators stay in registers; `walk` divides `own`. On sm_90 a
 # group of four warps owns 64 rows, the smallest wgmma, and (up to head size 64) the registers leave room for a second
 # program on the processor, whose products run while the first is at its exponentials.
 _FORWARD = {
@@ -101,13 +101,13 @@ PROGRAMS = 528  # of kernels that add up columns: 4 on each of 132 processors; t
 def layer_norm(C):
     """Whole rows of C numbers a program: 8 numbers a thread, which is 16 bytes of 16-bit storage, 16 in long rows."""
     columns = triton.next_power_of_2(C)
-    return Rows(max(1, 1024 // columns), columns, min(max(columns // 512, 4), 16))
+    return Rows(rows=max(1, 1024 // columns), columns=columns, num_warps=min(max(columns // 512, 4), 16))
 
 
 def bias(N):
     """Tiles of rows of N numbers: wide enough for 16-byte loads, several rows where N is small."""
     columns = min(triton.next_power_of_2(N), 512)
-    return Rows(2048 // columns, columns, 4)
+    return Rows(rows=2048 // columns, columns=columns, num_warps=4)
 
 
-COLUMN_SUMS = Rows(32, 64, 4)  # 64 columns a program: even 768 of them keep 12 programs busy
+COLUMN_SUMS = Rows(rows=32, columns=64, num_warps=4)  # 64 columns a program: even 768 of them keep 12 programs busy
