@@ -3,9 +3,9 @@
 python bench/gpu.py [--seconds 480] [--out bench/results/<gpu>]
 python bench/gpu.py --dry-run      the same script on the CPU through Triton's interpreter, tiny shapes: proves it runs
 
-Needs torch, triton, numpy, pytest and safetensors; no install, no network. Everything is saved as it comes: gpu.csv (a
-row a measurement), gpu.json (machine, clocks, checks), gpu.md (both, to read). Exit code 0: every check was made and
-held; 1: not; 2: there is no GPU.
+It needs torch, triton, numpy, pytest and safetensors, but no install and no network. Everything is saved as it comes:
+gpu.csv (a row a measurement), gpu.json (machine, clocks, checks), gpu.md (both, to read). The exit code is 0 where
+every check was made and held, 1 where one was not, and 2 where there is no GPU.
 """
 
 import argparse
@@ -57,8 +57,11 @@ def main():
 
 
 class Piece(NamedTuple):
-    """A part of the run. kind: "check", which must be done and hold; "time" of ours, which must not fail, but may be
-    left out; "peer", which may do either."""
+    """A part of the run.
+
+    Its kind is "check", which must be made and hold, "time" of ours, which must not fail but may be left out, or
+    "peer", which may fail and may be left out.
+    """
 
     kind: str
     what: str
@@ -67,11 +70,11 @@ class Piece(NamedTuple):
 
 
 class TooLong(BaseException):
-    """No Exception, so that what is interrupted does not take it for one of its own."""
+    """It is no Exception, so that what is interrupted does not take it for one of its own."""
 
 
 def run(piece, record, budget):
-    """One piece, for three times what it should take at most: the rest must have its turn."""
+    """Runs one piece, for at most three times what it should take, because the rest must have its turn."""
     limit = min(max(3 * piece.seconds, 40), budget.left())
     if budget.left() < piece.seconds:
         _not_done(piece, record, f"{budget.left():.0f} s left, about {piece.seconds} s needed")
@@ -82,11 +85,11 @@ def run(piece, record, budget):
         try:
             signal.setitimer(signal.ITIMER_REAL, limit)
             piece.work()
-        finally:  # in here, so that an alarm at the last moment still finds its handler below
+        finally:  # inside the outer `try`, so that an alarm at the last moment still finds its handler below
             signal.setitimer(signal.ITIMER_REAL, 0)
     except TooLong:
         _not_done(piece, record, f"not done after {limit:.0f} s")
-    except Exception as error:  # the next piece may still run, and a piece of ours that cannot is a failed check
+    except Exception as error:  # The next piece may still run. A piece of ours that cannot run is a failed check.
         traceback.print_exc()
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         if piece.kind == "peer":

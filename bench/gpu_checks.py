@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this GPU: the project's own tests run on it, laws of a whole model, equal bits."""
+"""Whether the kernels are right on this GPU: the project's own tests, the laws of a whole model, and equal bits."""
 
 import importlib.util
 import os
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_tests(record, budget):
-    """Every test the interpreter runs on the CPU, in bf16, fp16 and fp32 on the GPU.
+    """Runs every test that the interpreter runs on the CPU, in bf16, fp16 and fp32 on the GPU.
 
-    Nearly all the time is compilation, so the tests are dealt out to as many processes as there are cores.
+    Nearly all of the time is compilation, so the tests are dealt out to as many processes as there are cores.
     """
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.interpreter\n" in path.read_text()]
     end = time.monotonic() + min(160, budget.left() - 100)
@@ -62,7 +62,7 @@ def run_tests(record, budget):
 
 
 def run_verify(record, device):
-    """Every op and backend that runs here against float64 (tarflow_fast/verify.py)."""
+    """Holds every op and backend that runs here to float64 (tarflow_fast/verify.py)."""
     rows, _ = run(device)
     for row in rows:
         said = f"worst error {row['worst_error']:.2e}, allowed {row['bound']:.2e}"
@@ -72,7 +72,7 @@ def run_verify(record, device):
 
 
 def cuda_library(record, device):
-    """Builds the CUDA C++ library where nvcc is, and holds its inverse update to float64; the tests do the rest."""
+    """Builds the CUDA C++ library where nvcc is, and holds its inverse update to float64. The tests do the rest."""
     spec = importlib.util.spec_from_file_location("tarflow_fast_setup", ROOT / "setup.py")
     if not native_cuda.LIBRARY.exists():
         try:
@@ -111,7 +111,7 @@ def cuda_library(record, device):
 
 
 def laws(record, device, dtypes, tiny=False):
-    """reverse undoes forward; the images are the reference's, guided too, by the error rule."""
+    """Checks that reverse undoes forward, and that guided images are the reference's by the error rule."""
     config = {"channels": 64 if tiny else 256, "img_size": 4 if tiny else 16, "num_classes": 3, "scale": 0.2}
     config |= {"num_blocks": 1 if tiny else 4, "layers_per_block": 1 if tiny else 2}
     for dtype in dtypes:
@@ -124,7 +124,8 @@ def laws(record, device, dtypes, tiny=False):
             plain = twin(model, torch.float32).to(device)
             its_z, _, _ = plain(x, y)
             theirs = (plain.reverse(its_z / plain.var.sqrt(), y) - x).abs().max().item()
-        # Ours rounds at other places than PyTorch does, in both directions; a wrong kernel is off by orders more.
+        # Ours rounds at other places than PyTorch does, in both directions. A wrong kernel is off by orders of
+        # magnitude.
         allowed = max(8 * theirs, 1e-4)
         finite = bool(logdets.isfinite().all())
         said = f"largest difference {apart:.1e}, plain PyTorch {theirs:.1e}"
@@ -140,9 +141,10 @@ def laws(record, device, dtypes, tiny=False):
 
 
 def equal_bits(record, device, dtype, runs, tiny=False):
-    """The same inverse again and again: programs race differently every time, the bits must not show it.
+    """Runs the same inverse again and again. Programs race differently every time, and the bits must not show it.
 
-    Of the published width, so that linear layers are split over programs, and of tokens enough to split attention.
+    The block has the published width, so that linear layers are split over programs, and enough tokens to split
+    attention.
     """
     size = {"channels": 64, "img_size": 4} if tiny else {"channels": 768, "img_size": 28, "layers_per_block": 2}
     model = random_flow(**size).to(device)
@@ -165,7 +167,7 @@ def equal_bits(record, device, dtype, runs, tiny=False):
     for done in range(1, runs):
         x, its_log_det = invert_graph(block, z, None, guidance, workspace)
         different += (x.view(torch.int32) != first.view(torch.int32)).any() | (its_log_det != log_det).any()
-        if done % 50 == 0 and time.monotonic() - begun > 60:  # the check's name says how many it were
+        if done % 50 == 0 and time.monotonic() - begun > 60:  # the check's name says how many runs there were
             break
     how = "a CUDA graph" if workspace.graph is not None else "no graph"
     record.check(f"equal bits {done + 1} times, {dtype}", int(different) == 0, f"{how}; {int(different)} differ")
@@ -188,7 +190,7 @@ for window in (1, 3):
 
 
 def sanitize(record, seconds):
-    """compute-sanitizer over a small inverse: memory errors, and races in shared memory."""
+    """Runs compute-sanitizer over a small inverse, for memory errors and for races in shared memory."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not tool:
         record.skip("compute-sanitizer", "it is not installed")

@@ -1,4 +1,4 @@
-"""The inverse of published blocks and whole flows, ours against PyTorch in three shapes."""
+"""The inverse of published blocks and of whole flows: ours against PyTorch in three forms."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ class Inverse:
         return invert_block(self.block, z, None, guidance, call)[0], call
 
     def check(self, guided):
-        """The first 64 tokens against float64, beside the reference under autocast."""
+        """Holds the first 64 tokens to float64, beside the reference under autocast."""
         z, guidance = self.noise(2, guided)
         T = min(64, z.size(1))
         block, reference = copy.deepcopy(self.block), copy.deepcopy(self.reference)
@@ -85,7 +85,7 @@ class Inverse:
         return median
 
     def published(self, B, guided):
-        """Steps at four places of the sequence, times the number of steps."""
+        """Times steps at four places of the sequence, and multiplies by the number of steps."""
         T, times = self.workload.T, []
         for position in sorted({0, T // 3, 2 * T // 3, T - 2}):
             run = published_step(self.reference, B, guided, position, self.dtype, self.timer.device)
@@ -121,7 +121,7 @@ class Inverse:
 
 
 def whole_sample(name, timer, record, dtype, B, guided, tiny=False):
-    """model.sample of all 8 blocks, the noise made on the CPU included; two samples, the second is timed."""
+    """Times the second of two calls of model.sample, over all 8 blocks. The noise, made on the CPU, is included."""
     workload = WORKLOADS[name]
     size = {"num_blocks": BLOCKS}
     if tiny:

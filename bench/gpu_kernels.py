@@ -1,7 +1,7 @@
 """Each kernel of a sampling step, and attention over a whole sequence, against cuBLAS, cuDNN and flash attention.
 
-A step's kernels are timed as a CUDA graph that walks through the 8 layers of a block: their weights are more than L2
-holds, so every run reads memory, as in use.
+A step's kernels are timed as a CUDA graph that walks through the 8 layers of a block. The weights of the layers are
+more than L2 holds, so every run reads memory, as it does in use.
 """
 
 import torch
@@ -14,7 +14,10 @@ RUNS, WARM = 7, 2
 
 
 def step_kernels(inverse, B, guided):
-    """One row a kernel and variant, per layer. inverse: gpu_inverse.Inverse, whose block is taken."""
+    """Writes a row for each kernel and variant, with the time of one layer.
+
+    inverse: a gpu_inverse.Inverse, whose block is taken.
+    """
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
     from tarflow_fast.kernels.triton.step_embed import embed
@@ -99,7 +102,7 @@ def step_kernels(inverse, B, guided):
 
 
 def attention(timer, record, dtype, T, tiny=False):
-    """Causal attention of a whole sequence, head size 64, 16k tokens: forward, and forward with backward."""
+    """Times causal attention of whole sequences, head size 64, 16k tokens: forward, and forward with backward."""
     import tarflow_fast.ops as ops
 
     H, E = (1, 64) if tiny else (12, 64)
@@ -122,7 +125,7 @@ def attention(timer, record, dtype, T, tiny=False):
 
     kinds = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}
     variants |= {name: sdpa(kind) for name, kind in ({"SDPA": SDPBackend.MATH} if tiny else kinds).items()}
-    flops = 2 * B * H * T * T * E  # two products, half of them masked
+    flops = 2 * B * H * T * T * E  # of two products, half of which is masked
     note = f"T={T} H={H} E={E}"
     for variant, forward in variants.items():
         try:
@@ -137,16 +140,18 @@ def attention(timer, record, dtype, T, tiny=False):
 def forward_and_backward(
     section, name, variant, timer, record, dtype, forward, leaves, pull, note, work, unit, **about
 ):
-    """Two rows. As CUDA graphs: a kernel of 0.1 ms takes less time than Python to launch it.
+    """Writes two rows.
 
-    work: (of forward, of both), in `unit`: "flops" or "moved".
+    Both are timed as CUDA graphs, because a kernel of 0.1 ms takes less time than Python to launch it.
+
+    work: (of forward, of both), in `unit`, which is "flops" or "moved".
     """
 
     def both():
         return torch.autograd.grad(forward(), leaves, pull)
 
     for what, run, amount in (("forward", forward, work[0]), ("forward+backward", both, work[1])):
-        run()  # an error here is one of the variant, not of the capture
+        run()  # an error here is the variant's and not the capture's
         said = note
         try:
             launch = timer.graph(run)
@@ -158,7 +163,7 @@ def forward_and_backward(
 
 
 def density(timer, record, dtype, tiny=False):
-    """The ops between the matrix products of training, 16k tokens: ours against PyTorch's."""
+    """Times the ops between the matrix products of training, 16k tokens: ours against PyTorch's."""
     from tarflow_fast import ops
     from tarflow_fast.ops.registry import OPS
 

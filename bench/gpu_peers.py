@@ -1,8 +1,8 @@
-"""What the GPU inverse is held against, one flow block at a time, under bf16 autocast or its like:
+"""What the GPU inverse is compared with, one flow block at a time, under bf16 autocast or its like:
 
 published   the reference's step as it is: a Python loop, a cache that grows by torch.cat, two passes for guidance
-improved    preallocated cache, both passes in one batch (peers.py)
-graph       the same with a static cache read whole behind a mask, as one CUDA graph; optionally under torch.compile
+improved    a preallocated cache, and both passes in one batch (peers.py)
+graph       the same with a static cache, read whole behind a mask, as one CUDA graph; optionally under torch.compile
 """
 
 import torch
@@ -12,7 +12,7 @@ from tarflow_fast import reference
 
 
 def published_step(block, B, guided, position, dtype, device):
-    """A callable that runs the published step at `position`, with a cache as long as it is then."""
+    """A callable that runs the published step at `position`, with a cache as long as it is by then."""
     C, D = block.pos_embed.size(1), block.proj_in.in_features
     H, E = C // 64, 64
 
@@ -39,9 +39,10 @@ def published_step(block, B, guided, position, dtype, device):
 
 
 class GraphSampler:
-    """One block's inverse with a static cache: every step the same launches, so that a CUDA graph can hold it.
+    """One block's inverse with a static cache. Every step makes the same launches, so that a CUDA graph can hold it.
 
-    A good PyTorch user's limit: attention reads the whole cache behind a mask, since shapes must not change.
+    This is as far as a good PyTorch user gets. Attention reads the whole cache behind a mask, since shapes must not
+    change.
     """
 
     def __init__(self, block, B, guided, dtype, timer, compiled=False):
@@ -99,7 +100,7 @@ class GraphSampler:
     def invert(self, z, guidance=0.0, attn_temp=1.0):
         """x of noise z (B, T, D), without labels."""
         if self.replay is None:
-            # guidance is a constant of the graph
+            # The weight of guidance is a constant of the graph.
             self.g = guidance
             self.scale[self.B :] = 64**-0.5 / attn_temp
             self.i.zero_()

@@ -1,4 +1,7 @@
-"""Time, machine and results of a GPU run: CUDA events, medians with their 20 and 80 % quantiles, saved as they come."""
+"""Times, machine and results of a GPU run.
+
+Times are taken by CUDA events. Each result is a median with the 20 and 80 % quantiles, and is saved as it comes.
+"""
 
 import csv
 import datetime
@@ -19,7 +22,7 @@ DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e
 
 
 class Budget:
-    """Seconds left of those a run may take."""
+    """The seconds that a run may take, and how many of them are left."""
 
     def __init__(self, seconds):
         self.end, self.start = time.monotonic() + seconds, time.monotonic()
@@ -32,12 +35,12 @@ class Budget:
 
 
 class Timer:
-    """Measures callables on a device; on a CPU (a dry run) by the clock."""
+    """Times callables on a device by its events, or on a CPU (in a dry run) by the clock."""
 
     def __init__(self, device):
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
-        # Larger than any L2: written before a run, it leaves nothing of the run before.
+        # This is larger than any L2. Where it is written before a run, the L2 holds nothing of the run before.
         self.flush = torch.empty(256 << 20 if self.cuda else 1, dtype=torch.uint8, device=self.device)
 
     def synchronize(self):
@@ -45,14 +48,14 @@ class Timer:
             torch.cuda.synchronize()
 
     def milliseconds(self, run, runs=5, warm=1, cold=False):
-        """[ms] of each run."""
+        """The times of the runs in ms, as a list. cold: with nothing of an earlier run in the L2."""
         for _ in range(warm):
             run()
         times = []
         for _ in range(runs):
             self.synchronize()
-            # The device is kept busy while the host launches, else the start is stamped at once and a launch of some
-            # microseconds counts as work.
+            # The device is kept busy while the host launches. Else the start would be stamped at once, and a launch of
+            # some microseconds would count as work.
             if cold:
                 self.flush.zero_()
             elif self.cuda:
@@ -71,12 +74,12 @@ class Timer:
         return times
 
     def graph(self, run):
-        """A CUDA graph of `run`, so that Python's launch time is not in the measure; on a CPU `run` itself."""
+        """A CUDA graph of `run`, so that Python's launches are not in the time. On a CPU it is `run` itself."""
         if not self.cuda:
             return run
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles, and makes what a library makes once a stream
+        with torch.cuda.stream(side):  # this compiles, and makes what a library makes once for each stream
             for _ in range(2):
                 run()
         torch.cuda.current_stream().wait_stream(side)
@@ -87,7 +90,7 @@ class Timer:
         return graph.replay
 
     def peaks(self):
-        """Bytes a second copied and bf16 FLOP/s multiplied, at best, here and now."""
+        """The best bytes a second of a copy and bf16 FLOP/s of a matrix product, measured here and now."""
         size = 1 << 30 if self.cuda else 1 << 20
         source, target = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         copy = 2 * size / min(self.milliseconds(lambda: target.copy_(source), 10)) * 1e3
@@ -118,7 +121,7 @@ def machine():
 
 
 def clocks():
-    """Clocks, power and temperature at this moment, as nvidia-smi gives them."""
+    """Driver, clocks, power and temperature at this moment, as nvidia-smi gives them."""
     names = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     told = _told("nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader")
     return dict(zip(names.split(","), map(str.strip, told.splitlines()[0].split(",")), strict=False)) if told else {}
@@ -132,7 +135,7 @@ def _told(*command):
 
 
 class Record:
-    """Rows and checks, written to `folder` after each."""
+    """Rows and checks. All are written to `folder` after each new one."""
 
     def __init__(self, folder, facts):
         self.folder, self.facts, self.rows, self.checks, self.skipped = Path(folder), facts, [], [], []
@@ -150,7 +153,10 @@ class Record:
         self.save()
 
     def row(self, section, name, variant, times, *, scale=1.0, moved=None, flops=None, **about):
-        """times in ms, each multiplied by `scale`; moved in bytes and flops for all of it."""
+        """Adds a row.
+
+        times: in ms, each of which is multiplied by `scale`. moved: bytes that the scaled time moves; flops: likewise.
+        """
         times = sorted(scale * t for t in times)
         cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
         median = statistics.median(times)

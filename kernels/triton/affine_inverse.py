@@ -4,8 +4,8 @@
     x[next] = z[next] exp(a) + b,   sums[., p] = sum_d a,   next = order[p + 1]
 
 Rows B .. 2B-1 of a guided pass are the unguided ones. x and z (B, T, D) are fp32, and order[i] is the place in them of
-the i-th token that the net sees. The sums of a are kept by position, so that a pass over a window may be repeated and
-log_det still counts each token once.
+the i-th token that the net sees. The sums of a are kept by position: a pass over a window may be repeated, and log_det
+still counts each token once.
 """
 
 import triton

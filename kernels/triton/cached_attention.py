@@ -1,13 +1,15 @@
-"""W queries of each row against the key/value cache, the window's own keys included and causal within it.
+"""Attention of W queries of each row over the key/value cache, causal within the window.
+
+The cache holds the keys and values of the window already.
 
     out[m, h] = softmax(q[m, h] . K[row, h, :p+1] * scale[row]) V[row, h, :p+1],   p = start[row] + w
 
-A program owns one row, head and tile of queries, and one of SPLITS parts of the keys so far; the grid is that of the
-longest cache, programs without keys leave at once. Each part leaves its maximum, its sum and its weighted values, and
-the last one to arrive adds the parts up in order.
+A program owns one row, one head, one tile of queries, and one of SPLITS parts of the keys so far. The grid is that of
+the longest cache, and programs without keys leave at once. Each part leaves its maximum, its sum and its weighted
+values, and the last program to arrive adds the parts up in order.
 
-One query: every lane of keys keeps a maximum and a sum of its own, so nothing crosses threads inside the loop and
-arithmetic is fp32. Several: matrix products.
+With one query every lane of keys keeps a maximum and a sum of its own. So nothing crosses threads inside the loop, and
+all arithmetic is fp32. With several queries the sums are matrix products.
 """
 
 import triton
@@ -19,7 +21,7 @@ from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, last_to_arrive
 
 @triton.jit
 def _exp2(score, maximum):
-    """exp2(score - maximum), 0 where no key was seen yet; NaN stays NaN."""
+    """exp2(score - maximum). It is 0 where no key was seen yet, and NaN stays NaN."""
     return tl.exp2(score - tl.where(maximum == float("-inf"), 0.0, maximum))
 
 
@@ -123,7 +125,7 @@ def attention_kernel(
         mass = tl.zeros((BLOCK_W,), tl.float32)
         out = tl.zeros((E, BLOCK_W), tl.float32)
         for part in range(0, parts):
-            # From the L2: other programs wrote them during this launch.
+            # These are read from the L2, because other programs wrote them during this launch.
             place = part * size + pair
             its_peak = tl.load(sums_ptr + place * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
             its_mass = tl.load(sums_ptr + place * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")

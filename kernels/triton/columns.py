@@ -1,6 +1,7 @@
-"""What the kernels over rows of N numbers have in common: their tiles, and sums over rows, the gradients of weights.
+"""What the kernels over rows of N numbers have in common: their tiles, and the sums over rows that gradients need.
 
-Each program adds up a chunk of rows, a second kernel the chunks, both in an order that depends on the shape alone.
+Each program adds up a chunk of rows, and a second kernel adds up the chunks. The order of both sums depends on the
+shape alone, and so do the bits.
 """
 
 from typing import NamedTuple
@@ -40,9 +41,9 @@ def partial_sums(count, x):
 
 
 def chunks(*, rows, tile_rows, across):
-    """(programs down the rows, tiles that each walks over), about tuning.PROGRAMS programs in all.
+    """(programs down the rows, tiles that each walks over), for about tuning.PROGRAMS programs in all.
 
-    rows: of the tensor; tile_rows: of a tile; across: tiles side by side in a row.
+    rows: of the tensor; tile_rows: of a tile; across: number of tiles side by side in a row.
     """
     down = triton.cdiv(rows, tile_rows)
     steps = triton.cdiv(down, max(1, tuning.PROGRAMS // across))
@@ -51,8 +52,9 @@ def chunks(*, rows, tile_rows, across):
 
 @triton.jit
 def sum_kernel(
-    # in: (count, PARTS, N); out: (N,), the second only where there are two parts
+    # in: (count, PARTS, N)
     partial_ptr,
+    # out: (N,) each, the second only where there are two parts
     first_ptr,
     second_ptr,
     # sizes
@@ -63,7 +65,7 @@ def sum_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """first[n] = sum_i partial[i, 0, n]; of 2 PARTS, second[n] = sum_i partial[i, 1, n]. partial: (count, PARTS, N)"""
+    """first[n] = sum_i partial[i, 0, n], and where PARTS is 2 also second[n] = sum_i partial[i, 1, n]."""
     blocks = tl.cdiv(N, COLUMNS)
     part = tl.program_id(0) // blocks
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)

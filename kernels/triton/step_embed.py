@@ -1,4 +1,4 @@
-"""The head of a sampling step: gathers the tokens it starts from and embeds them.
+"""The head of a sampling step: it gathers the tokens that the step starts from, and embeds them.
 
     h[m] = proj_in(x[row, place]) + pos_embed[place] + classes[row],   place = order[position]
 
@@ -61,7 +61,7 @@ def embed_kernel(
     h = acc + tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
     h += tl.load(pos_ptr + place.to(tl.int64)[None, :] * C + c[:, None], mask=inside, other=0.0)
     h += tl.load(class_ptr + row[None, :] * C + c[:, None], mask=inside, other=0.0)
-    # Queries past the end hold zeros: whatever the layers make of them stays finite, and is never used.
+    # Queries past the end hold zeros. So whatever the layers make of them stays finite, and nothing uses it.
     h = tl.where(inside, h, 0.0)
     tl.store(h_ptr + m.to(tl.int64)[None, :] * C + c[:, None], h, mask=(c < C)[:, None] & (m < M)[None, :])
 

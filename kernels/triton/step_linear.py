@@ -4,9 +4,10 @@
     gelu       GELU(LN(h) W + b), erf form
     residual   h += x W + b
 
-Few queries meet large weights: the weights are the first operand of the product (64 rows of them make a wgmma on
-sm_90, whatever the number of queries), and where their tiles cannot fill the machine the sum over K is split. LayerNorm
-is computed by every program for its own queries, which costs less than a kernel of its own until there are many.
+Few queries meet large weights. So the weights are the first operand of the product: 64 rows of them make a wgmma on
+sm_90, whatever the number of queries. Where their tiles cannot fill the machine, the sum over the inputs is split.
+Every program computes LayerNorm for its own queries, which costs less than a kernel of its own until there are many
+queries.
 """
 
 from typing import NamedTuple
@@ -85,7 +86,7 @@ def linear_kernel(
         for start in range(0, INPUTS, BLOCK_IN):
             total += tl.load(input_at + start, mask=real, other=0.0)
         mean = tl.sum(total, axis=0) / INPUTS
-        # What rounding left in the mean comes off in a second step: a large mean would tilt every output by it.
+        # A second step takes off what rounding left in the mean. Else a large mean would tilt every output by it.
         total = tl.zeros((BLOCK_IN, BLOCK_M), tl.float32)
         squares = tl.zeros((BLOCK_IN, BLOCK_M), tl.float32)
         for start in range(0, INPUTS, BLOCK_IN):
@@ -117,7 +118,7 @@ def linear_kernel(
             return
         acc = tl.zeros((BLOCK_OUT, BLOCK_M), tl.float32)
         for s in tl.static_range(SPLITS):
-            # From the L2: another program wrote it during this launch.
+            # This is read from the L2, because another program wrote it during this launch.
             its = tl.full((1, 1), s * OUTPUTS, tl.int64) * M + at
             acc += tl.load(partial_ptr + its, mask=inside, other=0.0, cache_modifier=".cg")
     y = acc + tl.load(bias_ptr + o, mask=o < OUTPUTS, other=0.0).to(tl.float32)[:, None]
@@ -132,7 +133,7 @@ def linear_kernel(
         row, position, active = query_places(start_ptr, m, M, W, T)
         y = y.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + m.to(tl.int64)[None, :] * C + o[:, None], y, mask=inside & (o < C)[:, None])
-        # Outputs C .. 2C are keys and the rest are values. Head and element are those of o mod C.
+        # Outputs C .. 2C-1 are keys, and those from 2C on are values. Head and element are those of o mod C.
         heads = (o // C - 1).to(tl.int64) * R * (C // E) + o % C // E
         keys = heads[:, None] + row[None, :] * (C // E)
         at = (keys * T + position[None, :]) * E + (o % E)[:, None]
@@ -141,7 +142,7 @@ def linear_kernel(
 
 @triton.jit
 def normalize_kernel(h_ptr, weight_ptr, bias_ptr, out_ptr, eps, C: tl.constexpr, BLOCK: tl.constexpr):
-    """out = LN(h), a program a query; used where queries are too many for every program to do it again."""
+    """out = LN(h), with one program a query. It is used where there are too many queries for every program to do it."""
     at = tl.program_id(0).to(tl.int64) * C
     c = tl.arange(0, BLOCK)
     h = tl.load(h_ptr + at + c, mask=c < C, other=0.0)

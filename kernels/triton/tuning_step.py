@@ -1,27 +1,28 @@
-"""Launch configurations of the sampling step's kernels, chosen by shape alone: no measuring, at import or later, so
-that the same call gives the same bits. M = R W queries.
+"""Launch configurations of the sampling step's kernels, chosen by shape alone. M = R W queries.
 
-Few queries: the time is that of reading weights and cache, so tiles are narrow until there are programs enough to keep
-every memory channel busy. Many: the weights' side of a tile is 64, which is a wgmma on sm_90.
+Nothing is measured, at import or later, so the same call gives the same bits.
 
-What depends on the number of rows, and with it the order of sums and the last bits of a result:
+With few queries the time is that of reading weights and cache. So tiles are narrow until there are enough programs to
+keep every memory channel busy. With many queries the weights' side of a tile is 64, which is a wgmma on sm_90.
+
+The number of rows decides the following, and with it the order of sums and the last bits of a result:
 
     embed, tail        nothing: rows only decide how many programs there are
-    linear             M <= FEW: one configuration for all; above it BLOCK_OUT and BLOCK_IN change, LayerNorm is a
-                       kernel of its own, and SPLITS falls as ceil(M / BLOCK_M) grows
+    linear             up to M = FEW one configuration serves all. Above it BLOCK_OUT and BLOCK_IN change, LayerNorm is
+                       a kernel of its own, and SPLITS falls as ceil(M / BLOCK_M) grows
     attention          SPLITS falls as R H grows, and is 1 from PROGRAMS programs on
 
-One split count for all would cost either the memory channels of one image or the traffic of partial sums of many. So
-every launch function takes the number of rows to be tuned for: whoever solves a batch in parts passes that of the
-whole batch, and has its bits (tests/test_step_bits.py).
+One number of splits for all would leave memory channels idle where there is one image, or move many partial sums where
+there are many. So every launch function takes the number of rows (or queries) to be tuned for. A caller that solves a
+batch in parts passes the number of the whole batch, and gets its bits (tests/test_step_bits.py).
 """
 
 import torch
 import triton
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200; an A100 has 108
-FEW = 16  # up to so many queries LayerNorm is cheaper inside every program of the next layer than as a kernel
-MAX_SPLITS = {"linear": 8, "attention": 16}  # the last program of a tile adds so many parts up
+FEW = 16  # up to so many queries LayerNorm is cheaper in every program of the next layer than as a kernel of its own
+MAX_SPLITS = {"linear": 8, "attention": 16}  # the last program of a tile adds up so many parts at most
 
 
 def _divisor(size, limit):
@@ -36,37 +37,39 @@ def _queries(M):
 def linear(*, M, outputs, inputs, dtype, norm):
     """Tiles of a linear layer of M queries, and whether it normalizes its input itself."""
     few, wide = M <= FEW, dtype == torch.float32
-    # fp32 has no tensor core path of full precision: its operands sit in registers, so its tiles are smaller
+    # Tensor cores do not multiply fp32 in full precision. Its operands sit in registers, so its tiles are smaller.
     block_out = min(16 if few else 32 if wide else 64, triton.next_power_of_2(outputs))
     block_m = min(_queries(M), 32 if wide else 64)
     block_in = _divisor(inputs, (64 if few else 32) if wide else (256 if few else 64))
     programs = triton.cdiv(outputs, block_out) * triton.cdiv(M, block_m)
     splits = min(MAX_SPLITS["linear"], triton.cdiv(PROGRAMS, programs), inputs // block_in)
-    splits = triton.cdiv(inputs // block_in, triton.cdiv(inputs // block_in, splits))  # none without work
+    splits = triton.cdiv(inputs // block_in, triton.cdiv(inputs // block_in, splits))  # no split is left without work
     return {
         "NORM": norm and few,
         "SPLITS": splits,
         "BLOCK_OUT": block_out,
         "BLOCK_M": block_m,
         "BLOCK_IN": block_in,
-        # the tile that LayerNorm runs over, 256 x 16, is more than 4 warps hold on sm_80
+        # LayerNorm runs over a tile of 256 x 16, which is more than 4 warps hold on sm_80.
         "num_warps": 8 if norm and few and not wide else 4,
         "num_stages": 3,
     }
 
 
 def normalize(C):
+    """Settings of LayerNorm as a kernel of its own, over rows of C numbers."""
     return {"BLOCK": triton.next_power_of_2(C), "num_warps": 4}
 
 
 def embed(*, M, C, D, dtype):
+    """Tiles of the head of a step."""
     block_m = min(_queries(M), 32 if dtype == torch.float32 else 64)
     block_in = min(max(triton.next_power_of_2(D), 16), 64)
     return {"BLOCK_OUT": min(32, triton.next_power_of_2(C)), "BLOCK_M": block_m, "BLOCK_IN": block_in}
 
 
 def attention(*, R, W, H, T, dtype):
-    """Tiles of cached attention; keys are split where rows and heads alone cannot fill the machine."""
+    """Tiles of cached attention. Keys are split where rows and heads alone cannot fill the machine."""
     block_w = 1 if W == 1 else min(max(triton.next_power_of_2(W), 16), 64)
     block_t = 32 if dtype == torch.float32 and W > 1 else 64
     programs = R * H * triton.cdiv(W, block_w)
@@ -82,8 +85,9 @@ def attention(*, R, W, H, T, dtype):
 
 
 def tail(C, dtype):
+    """Tiles of the tail of a step. They are small, because D is 12 to 192 and nothing else runs meanwhile."""
     return {
-        "BLOCK_OUT": 16,  # small tiles: D is 12 to 192, and nothing else runs meanwhile
+        "BLOCK_OUT": 16,
         "BLOCK_M": 16,
         "BLOCK_IN": _divisor(C, 64 if dtype == torch.float32 else 128),
         "num_warps": 4,
