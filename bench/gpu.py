@@ -1,11 +1,11 @@
-"""`make gpu` checks the kernels on this GPU first, and then times them, the most important ones first.
+"""`make gpu`: is it right on this GPU, and how fast? Correctness first, then times in order of importance.
 
 python bench/gpu.py [--seconds 480] [--out bench/results/<gpu>]
-python bench/gpu.py --dry-run      runs the same script on the CPU with tiny shapes, through Triton's interpreter
+python bench/gpu.py --dry-run      the same script on the CPU through Triton's interpreter, tiny shapes: proves it runs
 
-It needs torch, triton, numpy, pytest and safetensors, but no installation and no network. Every result is saved at
-once: gpu.csv has one row for each measurement, gpu.json has the machine, the clocks and the checks, and gpu.md shows
-both. The exit code is 0 if every check was made and held, 1 if not, and 2 if there is no GPU.
+It needs torch, triton, numpy, pytest and safetensors, but no install and no network. Everything is saved as it comes:
+gpu.csv (a row a measurement), gpu.json (machine, clocks, checks), gpu.md (both, to read). The exit code is 0 where
+every check was made and held, 1 where one was not, and 2 where there is no GPU.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     arguments = parser.parse_args()
     if arguments.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
     import torch
 
     if not arguments.dry_run and not torch.cuda.is_available():
@@ -59,22 +59,22 @@ def main():
 class Piece(NamedTuple):
     """A part of the run.
 
-    kind is "check", which must be done and must hold; "time" for our own code, which must not fail but may be left out;
-    or "peer" for other code, which may fail and may be left out.
+    Its kind is "check", which must be made and hold, "time" of ours, which must not fail but may be left out, or
+    "peer", which may fail and may be left out.
     """
 
     kind: str
     what: str
-    seconds: float  # an estimate
+    seconds: float  # about
     work: Callable[[], object]
 
 
 class TooLong(BaseException):
-    """Not an Exception, so that the code it interrupts does not handle it as one of its own errors."""
+    """It is no Exception, so that what is interrupted does not take it for one of its own."""
 
 
 def run(piece, record, budget):
-    """Run one piece, and stop it after three times its estimate, so that the other pieces have their turn."""
+    """Runs one piece, for at most three times what it should take, because the rest must have its turn."""
     limit = min(max(3 * piece.seconds, 40), budget.left())
     if budget.left() < piece.seconds:
         _not_done(piece, record, f"{budget.left():.0f} s left, about {piece.seconds} s needed")
@@ -85,11 +85,11 @@ def run(piece, record, budget):
         try:
             signal.setitimer(signal.ITIMER_REAL, limit)
             piece.work()
-        finally:  # inside the outer try, so that an alarm at the last moment is still handled below
+        finally:  # inside the outer `try`, so that an alarm at the last moment still finds its handler below
             signal.setitimer(signal.ITIMER_REAL, 0)
     except TooLong:
         _not_done(piece, record, f"not done after {limit:.0f} s")
-    except Exception as error:  # the next piece may still run; a piece of our own that raises is a failed check
+    except Exception as error:  # The next piece may still run. A piece of ours that cannot run is a failed check.
         traceback.print_exc()
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         if piece.kind == "peer":
@@ -112,7 +112,7 @@ def _not_done(piece, record, why):
 
 
 def plan(timer, record, budget, tiny):
-    """The pieces, the most important first."""
+    """The pieces, most important first."""
     import gpu_checks
     import torch
     from gpu_inverse import Inverse, whole_sample

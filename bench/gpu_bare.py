@@ -1,6 +1,7 @@
-"""Makes a checkout importable that was not installed and has no native library. `-p gpu_bare` does the same for pytest.
+"""Makes a bare checkout importable, without an install and without the native library.
 
-An installation maps `tarflow_fast.kernels.triton` to the folder kernels/triton; this module does it by hand.
+It is also a pytest plugin (`-p gpu_bare`) that does the same. In an installed package `tarflow_fast.kernels.triton` is
+mapped to the folder kernels/triton; here this module maps it.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ for folder in (ROOT / "tests", ROOT / "bench", ROOT):
 
 
 def map_kernels():
-    """`tarflow_fast.kernels.triton` becomes this checkout's kernels/triton, whatever else is installed."""
+    """Makes `tarflow_fast.kernels.triton` this checkout's kernels/triton, whatever else is installed."""
     import tarflow_fast.kernels
 
     folder = ROOT / "kernels" / "triton"

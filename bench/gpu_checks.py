@@ -1,4 +1,4 @@
-"""Checks that the kernels are right on this GPU: by the project's own tests, by laws of whole models, by equal bits."""
+"""Whether the kernels are right on this GPU: the project's own tests, the laws of a whole model, and equal bits."""
 
 import importlib.util
 import os
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_tests(record, budget):
-    """Run on the GPU, in bf16, fp16 and fp32, every test that the interpreter runs on the CPU.
+    """Runs every test that the interpreter runs on the CPU, in bf16, fp16 and fp32 on the GPU.
 
-    Nearly all of the time is compilation, so the tests are shared out among up to 14 processes, one for each core.
+    Nearly all of the time is compilation, so the tests are dealt out to as many processes as there are cores.
     """
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.interpreter\n" in path.read_text()]
     end = time.monotonic() + min(160, budget.left() - 100)
@@ -64,7 +64,7 @@ def run_tests(record, budget):
 
 
 def run_verify(record, device):
-    """Check every op and backend that runs here against float64 (tarflow_fast/verify.py)."""
+    """Holds every op and backend that runs here to float64 (tarflow_fast/verify.py)."""
     rows, _ = run(device)
     for row in rows:
         said = f"worst error {row['worst_error']:.2e}, allowed {row['bound']:.2e}"
@@ -74,7 +74,7 @@ def run_verify(record, device):
 
 
 def cuda_library(record, device):
-    """Build the CUDA C++ library if nvcc is there and check its inverse update against float64. Tests do the rest."""
+    """Builds the CUDA C++ library where nvcc is, and holds its inverse update to float64. The tests do the rest."""
     spec = importlib.util.spec_from_file_location("tarflow_fast_setup", ROOT / "setup.py")
     if not native_cuda.LIBRARY.exists():
         try:
@@ -113,7 +113,7 @@ def cuda_library(record, device):
 
 
 def laws(record, device, dtypes, tiny=False):
-    """Check that reverse undoes forward, and that guided images agree with the float64 reference by the error rule."""
+    """Checks that reverse undoes forward, and that guided images are the reference's by the error rule."""
     config = {"channels": 64 if tiny else 256, "img_size": 4 if tiny else 16, "num_classes": 3, "scale": 0.2}
     config |= {"num_blocks": 1 if tiny else 4, "layers_per_block": 1 if tiny else 2}
     for dtype in dtypes:
@@ -126,7 +126,8 @@ def laws(record, device, dtypes, tiny=False):
             plain = twin(model, torch.float32).to(device)
             its_z, _, _ = plain(x, y)
             theirs = (plain.reverse(its_z / plain.var.sqrt(), y) - x).abs().max().item()
-        # Ours rounds at other places than PyTorch does, in both directions; a wrong kernel is off by far more.
+        # Ours rounds at other places than PyTorch does, in both directions. A wrong kernel is off by orders of
+        # magnitude.
         allowed = max(8 * theirs, 1e-4)
         finite = bool(logdets.isfinite().all())
         said = f"largest difference {apart:.1e}, plain PyTorch {theirs:.1e}"
@@ -142,10 +143,10 @@ def laws(record, device, dtypes, tiny=False):
 
 
 def equal_bits(record, device, dtype, runs, tiny=False):
-    """Compute the same inverse again and again. Programs run in another order every time; the bits must not show it.
+    """Runs the same inverse again and again. Programs race differently every time, and the bits must not show it.
 
-    The flow has the published width, so that linear layers are split over programs, and enough tokens for a
-    split of attention.
+    The block has the published width, so that linear layers are split over programs, and enough tokens to split
+    attention.
     """
     size = {"channels": 64, "img_size": 4} if tiny else {"channels": 768, "img_size": 28, "layers_per_block": 2}
     model = random_flow(**size).to(device)
@@ -168,7 +169,7 @@ def equal_bits(record, device, dtype, runs, tiny=False):
     for done in range(1, runs):
         x, its_log_det = invert_graph(block.bijection, z, None, guidance, workspace)
         different += (x.view(torch.int32) != first.view(torch.int32)).any() | (its_log_det != log_det).any()
-        if done % 50 == 0 and time.monotonic() - begun > 60:  # the check's name says how many there were
+        if done % 50 == 0 and time.monotonic() - begun > 60:  # the check's name says how many runs there were
             break
     how = "a CUDA graph" if workspace.graph is not None else "no graph"
     record.check(f"equal bits {done + 1} times, {dtype}", int(different) == 0, f"{how}; {int(different)} differ")
@@ -193,7 +194,7 @@ for window in (1, 3):
 
 
 def sanitize(record, seconds):
-    """Run compute-sanitizer over a small inverse; it finds memory errors and races in shared memory."""
+    """Runs compute-sanitizer over a small inverse, for memory errors and for races in shared memory."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not tool:
         record.skip("compute-sanitizer", "it is not installed")

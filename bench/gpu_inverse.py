@@ -1,4 +1,4 @@
-"""The inverse of published blocks and of whole flows: ours against three versions in PyTorch (gpu_peers.py)."""
+"""The inverse of published blocks and of whole flows: ours against PyTorch in three forms."""
 
 import copy
 import dataclasses
@@ -44,7 +44,7 @@ class Inverse:
         return self.block.invert(z, None, guidance, call)[0], call
 
     def check(self, guided):
-        """Check the first 64 tokens against float64; the error of the reference under autocast sets the bound."""
+        """Holds the first 64 tokens to float64, beside the reference under autocast."""
         z, guidance = self.noise(2, guided)
         T = min(64, z.size(1))
         block, reference = copy.deepcopy(self.block), copy.deepcopy(self.reference)
@@ -88,7 +88,7 @@ class Inverse:
         return median
 
     def published(self, B, guided):
-        """Time steps at four places of the sequence, and multiply their mean by the number of steps."""
+        """Times steps at four places of the sequence, and multiplies by the number of steps."""
         T, times = self.workload.T, []
         for position in sorted({0, T // 3, 2 * T // 3, T - 2}):
             run = published_step(self.reference, B, guided, position, self.dtype, self.timer.device)
@@ -124,7 +124,7 @@ class Inverse:
 
 
 def whole_sample(name, timer, record, dtype, B, guided, tiny=False):
-    """Time model.sample of all 8 blocks, noise made on the CPU included. The second of two samples is timed."""
+    """Times the second of two calls of model.sample, over all 8 blocks. The noise, made on the CPU, is included."""
     workload = WORKLOADS[name]
     size = {"num_blocks": BLOCKS}
     if tiny:

@@ -1,7 +1,7 @@
-"""Times each kernel of a sampling step, and attention over a whole sequence, against cuBLAS, cuDNN and flash attention.
+"""Each kernel of a sampling step, and attention over a whole sequence, against cuBLAS, cuDNN and flash attention.
 
-The kernels of a step are timed as a CUDA graph that walks through the 8 layers of a block. Their weights do not fit
-into L2, so every run reads them from memory, as it does in use.
+A step's kernels are timed as a CUDA graph that walks through the 8 layers of a block. The weights of the layers are
+more than L2 holds, so every run reads memory, as it does in use.
 """
 
 import torch
@@ -15,14 +15,14 @@ RUNS, WARM = 7, 2
 
 
 def step_kernels(inverse, B, guided):
-    """Record one row for each kernel and variant, with the time for one layer.
+    """Writes a row for each kernel and variant, with the time of one layer.
 
-    inverse: a gpu_inverse.Inverse, whose block is used.
+    inverse: a gpu_inverse.Inverse, whose block is taken.
     """
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
     from tarflow_fast.kernels.triton.step_embed import embed
-    from tarflow_fast.kernels.triton.step_linear import linear
+    from tarflow_fast.kernels.triton.step_linear import Append, Norm, linear
 
     timer, record, dtype, tiny = inverse.timer, inverse.record, inverse.dtype, not inverse.timer.cuda
     z, guidance = inverse.noise(B, guided)
@@ -51,9 +51,9 @@ def step_kernels(inverse, B, guided):
         moved, flops = N * K * size + R * (N + K) * size, 2 * R * N * K
 
         def ours(layer, part=part, x=x, out=out, epilogue=epilogue, norm=norm):
-            gain = (*of(layer, norm), 1e-5) if norm else None
-            append = (ws.cache[layer], ws.starts, 1) if epilogue == "append" else None
-            linear(x, *of(layer, part), out, ws.scratch, epilogue, gain, append)
+            before = Norm(*of(layer, norm), 1e-5) if norm else None
+            append = Append(ws.cache[layer], ws.starts, 1) if epilogue == "append" else None
+            linear(x, *of(layer, part), out=out, scratch=ws.scratch, epilogue=epilogue, norm=before, append=append)
 
         def cublas(layer, part=part, x=x, epilogue=epilogue, norm=norm):
             weight, bias = of(layer, part)
@@ -72,7 +72,9 @@ def step_kernels(inverse, B, guided):
         moved, flops = 2 * R * length * C * size, 4 * R * length * C
 
         def ours(layer):
-            cached_attention(ws.queries, ws.cache[layer], ws.scale, ws.starts, ws.heads, ws.scratch, 1)
+            cached_attention(
+                ws.queries, ws.cache[layer], scale=ws.scale, starts=ws.starts, out=ws.heads, scratch=ws.scratch, W=1
+            )
 
         def sdpa(layer, length=length):
             query = ws.queries.view(R, C // 64, 1, 64)
@@ -86,37 +88,22 @@ def step_kernels(inverse, B, guided):
 
     def head(_):
         embed(
-            ws.x,
-            *(w[f"proj_in.{n}"] for n in ("weight", "bias")),
-            ws.pos_embed,
-            ws.classes,
-            ws.h,
-            ws.starts,
-            ws.order,
-            1,
-        )
+            x=ws.x, weight=w["proj_in.weight"], bias=w["proj_in.bias"], pos_embed=ws.pos_embed, classes=ws.classes,
+            h=ws.h, starts=ws.starts, order=ws.order, W=1,
+        )  # fmt: skip
 
     def tail(_):
         affine_inverse(
-            ws.h,
-            w["proj_out.weight"],
-            w["proj_out.bias"],
-            ws.z,
-            ws.x,
-            ws.sums,
-            ws.starts,
-            ws.order,
-            ws.guidance,
-            1,
-            guided,
-        )
+            h=ws.h, weight=w["proj_out.weight"], bias=w["proj_out.bias"], z=ws.z, x=ws.x, sums=ws.sums,
+            starts=ws.starts, order=ws.order, guidance=ws.guidance, W=1, guided=guided,
+        )  # fmt: skip
 
     time("head", "ours", head, C * D * size + R * C * 4, 2 * R * C * D, 1)
     time("tail", "ours", tail, 2 * C * D * size + R * C * 4, 4 * R * C * D, 1)
 
 
 def attention(timer, record, dtype, T, tiny=False):
-    """Time causal attention over whole sequences, 16k tokens in all, head size 64: forward, and with backward."""
+    """Times causal attention of whole sequences, head size 64, 16k tokens: forward, and forward with backward."""
     import tarflow_fast.ops as ops
 
     H, E = (1, 64) if tiny else (12, 64)
@@ -139,7 +126,7 @@ def attention(timer, record, dtype, T, tiny=False):
 
     kinds = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}
     variants |= {name: sdpa(kind) for name, kind in ({"SDPA": SDPBackend.MATH} if tiny else kinds).items()}
-    flops = 2 * B * H * T * T * E  # two products, and the mask removes half of each
+    flops = 2 * B * H * T * T * E  # of two products, half of which is masked
     note = f"T={T} H={H} E={E}"
     for variant, forward in variants.items():
         try:
@@ -154,17 +141,18 @@ def attention(timer, record, dtype, T, tiny=False):
 def forward_and_backward(
     section, name, variant, timer, record, dtype, forward, leaves, pull, note, work, unit, **about
 ):
-    """Record two rows: forward, and forward with backward.
+    """Writes two rows.
 
-    Both run as CUDA graphs, because Python takes longer to launch a kernel of 0.1 ms than the kernel takes to run.
-    work: the amounts of forward and of both, in `unit`, which is "flops" or "moved".
+    Both are timed as CUDA graphs, because a kernel of 0.1 ms takes less time than Python to launch it.
+
+    work: (of forward, of both), in `unit`, which is "flops" or "moved".
     """
 
     def both():
         return torch.autograd.grad(forward(), leaves, pull)
 
     for what, run, amount in (("forward", forward, work[0]), ("forward+backward", both, work[1])):
-        run()  # an error here belongs to the variant and not to the capture
+        run()  # an error here is the variant's and not the capture's
         said = note
         try:
             launch = timer.graph(run)
@@ -176,7 +164,7 @@ def forward_and_backward(
 
 
 def density(timer, record, dtype, tiny=False):
-    """Time the ops between the matrix products of training, at 16k tokens: ours against PyTorch's."""
+    """Times the ops between the matrix products of training, 16k tokens: ours against PyTorch's."""
     from tarflow_fast import ops
     from tarflow_fast.ops.registry import OPS
 
@@ -189,7 +177,7 @@ def density(timer, record, dtype, tiny=False):
     h, gain, shift, wide_shift = leaf(rows, C), leaf(C), leaf(C), leaf(4 * C)
     x, wide = leaf(rows, C, kind=dtype), leaf(rows, 4 * C, kind=dtype)
     tokens, ab = leaf(max(rows // 1024, 1), min(rows, 1024), D), leaf(max(rows // 1024, 1), min(rows, 1024), 2 * D)
-    cases = {  # op: (call on a backend, leaves, bytes moved for each element forward, the same backward, elements)
+    cases = {  # op: (of a backend, leaves, bytes an element read and written forward, and backward, elements)
         "layer_norm": (
             lambda b: ops.layer_norm(h, gain, shift, 1e-5, dtype, b),
             [h, gain, shift], 4 + size, size + 8, h.numel(),

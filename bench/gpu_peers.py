@@ -1,8 +1,8 @@
-"""What the GPU inverse is compared with, one flow block at a time, under bf16 autocast or an equivalent:
+"""What the GPU inverse is compared with, one flow block at a time, under bf16 autocast or its like:
 
-published   the reference's own step: a Python loop, a cache that grows by torch.cat, two passes for guidance
+published   the reference's step as it is: a Python loop, a cache that grows by torch.cat, two passes for guidance
 improved    a preallocated cache, and both passes in one batch (peers.py)
-graph       the same as one CUDA graph, whose cache is static and is read whole behind a mask; torch.compile is optional
+graph       the same with a static cache, read whole behind a mask, as one CUDA graph; optionally under torch.compile
 """
 
 import torch
@@ -12,7 +12,7 @@ from tarflow_fast import reference
 
 
 def published_step(block, B, guided, position, dtype, device):
-    """A callable that runs the published step at `position`, with a cache that holds the tokens before it."""
+    """A callable that runs the published step at `position`, with a cache as long as it is by then."""
     C, D = block.pos_embed.size(1), block.proj_in.in_features
     H, E = C // 64, 64
 
@@ -39,9 +39,9 @@ def published_step(block, B, guided, position, dtype, device):
 
 
 class GraphSampler:
-    """One block's inverse with a static cache: every step makes the same launches, so that a CUDA graph can hold it.
+    """One block's inverse with a static cache. Every step makes the same launches, so that a CUDA graph can hold it.
 
-    This is as far as a good PyTorch user gets: attention reads the whole cache behind a mask, because shapes must not
+    This is as far as a good PyTorch user gets. Attention reads the whole cache behind a mask, since shapes must not
     change.
     """
 
@@ -100,7 +100,7 @@ class GraphSampler:
     def invert(self, z, guidance=0.0, attn_temp=1.0):
         """x of noise z (B, T, D), without labels."""
         if self.replay is None:
-            # The graph keeps the guidance weight it was captured with.
+            # The weight of guidance is a constant of the graph.
             self.g = guidance
             self.scale[self.B :] = 64**-0.5 / attn_temp
             self.i.zero_()

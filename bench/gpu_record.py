@@ -1,4 +1,7 @@
-"""Times, machine and results of a GPU run. CUDA events measure; medians and 20 and 80 % quantiles are saved at once."""
+"""Times, machine and results of a GPU run.
+
+Times are taken by CUDA events. Each result is a median with the 20 and 80 % quantiles, and is saved as it comes.
+"""
 
 import csv
 import datetime
@@ -19,7 +22,7 @@ DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e
 
 
 class Budget:
-    """The seconds a run may take, and how many of them are left."""
+    """The seconds that a run may take, and how many of them are left."""
 
     def __init__(self, seconds):
         self.end, self.start = time.monotonic() + seconds, time.monotonic()
@@ -32,12 +35,12 @@ class Budget:
 
 
 class Timer:
-    """Measures callables on a device; on a CPU, in a dry run, it uses the clock."""
+    """Times callables on a device by its events, or on a CPU (in a dry run) by the clock."""
 
     def __init__(self, device):
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
-        # It is larger than any L2, so writing it before a run removes what the run before left there.
+        # This is larger than any L2. Where it is written before a run, the L2 holds nothing of the run before.
         self.flush = torch.empty(256 << 20 if self.cuda else 1, dtype=torch.uint8, device=self.device)
 
     def synchronize(self):
@@ -45,14 +48,14 @@ class Timer:
             torch.cuda.synchronize()
 
     def milliseconds(self, run, runs=5, warm=1, cold=False):
-        """The milliseconds of each run, as a list."""
+        """The times of the runs in ms, as a list. cold: with nothing of an earlier run in the L2."""
         for _ in range(warm):
             run()
         times = []
         for _ in range(runs):
             self.synchronize()
-            # The device is kept busy while the host launches. Otherwise the start would be stamped at once, and the
-            # microseconds of the launch would count as work.
+            # The device is kept busy while the host launches. Else the start would be stamped at once, and a launch of
+            # some microseconds would count as work.
             if cold:
                 self.flush.zero_()
             elif self.cuda:
@@ -71,12 +74,12 @@ class Timer:
         return times
 
     def graph(self, run):
-        """A CUDA graph of `run`, so that Python's launch time is not in the measure; on a CPU `run` itself."""
+        """A CUDA graph of `run`, so that Python's launches are not in the time. On a CPU it is `run` itself."""
         if not self.cuda:
             return run
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # this compiles, and lets libraries make what they make once for each stream
+        with torch.cuda.stream(side):  # this compiles, and makes what a library makes once for each stream
             for _ in range(2):
                 run()
         torch.cuda.current_stream().wait_stream(side)
@@ -87,7 +90,7 @@ class Timer:
         return graph.replay
 
     def peaks(self):
-        """The best rates of this moment: bytes copied a second, and bf16 FLOP/s of a matrix product."""
+        """The best bytes a second of a copy and bf16 FLOP/s of a matrix product, measured here and now."""
         size = 1 << 30 if self.cuda else 1 << 20
         source, target = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         copy = 2 * size / min(self.milliseconds(lambda: target.copy_(source), 10)) * 1e3
@@ -99,7 +102,7 @@ class Timer:
 
 
 def machine():
-    """The facts that the figures depend on."""
+    """What the figures depend on."""
     facts = {"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "seed": 0}
     facts |= {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     try:
@@ -118,7 +121,7 @@ def machine():
 
 
 def clocks():
-    """Clocks, power and temperature of this moment, from nvidia-smi."""
+    """Driver, clocks, power and temperature at this moment, as nvidia-smi gives them."""
     names = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     told = _told("nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader")
     return dict(zip(names.split(","), map(str.strip, told.splitlines()[0].split(",")), strict=False)) if told else {}
@@ -132,7 +135,7 @@ def _told(*command):
 
 
 class Record:
-    """Rows and checks; all of them are written to `folder` after each one."""
+    """Rows and checks. All are written to `folder` after each new one."""
 
     def __init__(self, folder, facts):
         self.folder, self.facts, self.rows, self.checks, self.skipped = Path(folder), facts, [], [], []
@@ -150,7 +153,10 @@ class Record:
         self.save()
 
     def row(self, section, name, variant, times, *, scale=1.0, moved=None, flops=None, **about):
-        """Add a row. times, in ms, are multiplied by `scale`; moved (bytes) and flops are those of the product."""
+        """Adds a row.
+
+        times: in ms, each of which is multiplied by `scale`. moved: bytes that the scaled time moves; flops: likewise.
+        """
         times = sorted(scale * t for t in times)
         cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
         median = statistics.median(times)

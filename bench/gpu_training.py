@@ -1,4 +1,4 @@
-"""Times the forward pass and the training step of a published flow in bf16: ours, reference, torch.compile."""
+"""Forward pass (density) and training step of a published flow under bf16 autocast: ours, reference, torch.compile."""
 
 import dataclasses
 
@@ -19,13 +19,13 @@ def step(model, optimizer, x, dtype):
 
 
 def training(name, timer, record, dtype, B, variants, tiny=False):
-    """Record rows of forward and of a whole step (forward, backward, AdamW). The losses of the variants must agree."""
+    """Writes rows of forward and of a whole step (forward, backward, AdamW). The losses of the variants must agree."""
     workload = dataclasses.replace(WORKLOADS[name], num_blocks=2)
     if tiny:
         workload = dataclasses.replace(workload, channels=64, layers_per_block=1, img_size=2 * workload.patch_size)
     C, T, L, K = workload.channels, workload.T, workload.layers_per_block, workload.num_blocks
-    # 2 FLOPs for each weight and token, and 2 products of attention, half of which the mask removes. Backward costs
-    # twice as much as forward.
+    # There are 2 FLOPs a weight and token, and 2 products of attention, half of which is masked. Backward takes twice
+    # as many as forward.
     flops = B * T * K * (2 * (12 * C * C * L + 3 * C * workload.D) + 2 * C * T * L)
     generator = torch.Generator().manual_seed(0)
     side = workload.img_size
@@ -36,7 +36,8 @@ def training(name, timer, record, dtype, B, variants, tiny=False):
         with torch.device(timer.device):
             model = TarFlow(**workload.config) if variant == "ours" else ReferenceTarFlow(**workload.config)
         if state is None:
-            with torch.no_grad():  # it starts at zero, and would then hide every layer before it from the loss
+            # proj_out is zero at the start, which would hide all that comes before it from the loss.
+            with torch.no_grad():
                 for block in model.blocks:
                     block.proj_out.weight.normal_(std=0.1 / C**0.5)
             state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,7 +1,7 @@
-"""The compiled CUDA library: found, checked, loaded with ctypes, every C function of csrc/tarflow_cuda.h declared once.
+"""The compiled CUDA library, loaded with ctypes. Every C function of csrc/tarflow_cuda.h is declared here, once.
 
-Loaded at the first use; `missing()` says why it cannot be used. Kernels run on the current stream of the tensors' GPU,
-so that they may be captured in a CUDA graph.
+The library is loaded at its first use, and `missing()` says why it cannot be used. Kernels run on the current stream of
+the tensors' GPU, so that they may be captured in a CUDA graph.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ __all__ = ["FAILED", "call", "library", "missing", "refuses"]
 
 ABI_VERSION = 2
 LIBRARY = Path(__file__).parent / "_tarflow_cuda.so"
-FAILED = 1000  # enum tf_cuda_status: from here on, what CUDA said
+FAILED = 1000  # of enum tf_cuda_status: from here on a status is what CUDA said, plus this
 
 _void, _int, _long, _str = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL:
     """The loaded library.
 
     Raises:
-        NativeUnavailable: it was not built, does not load, or is of another version.
+        NativeUnavailable: the library was not built, does not load, or is of another version.
     """
     loaded = _load()
     if isinstance(loaded, Exception):
@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
 
 
 def missing() -> str:
-    """Why CUDA C++ kernels cannot run on this machine; "" when they can."""
+    """Why CUDA C++ kernels cannot run on this machine, or "" where they can."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     loaded = _load()
@@ -51,12 +51,12 @@ def missing() -> str:
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:
-    """It reads the memory of the GPU only."""
+    """Why the library cannot take such tensors, or "" where it can: it reads the memory of a GPU only."""
     return "" if device.type == "cuda" else f"it needs GPU tensors, got {device}"
 
 
 def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
-    """Calls a C function on the device and current stream of `like`; tensors among the arguments become pointers.
+    """Calls a C function on the device and current stream of `like`. Tensors among the arguments become pointers.
 
     Raises:
         RuntimeError: the function refused, or CUDA did.

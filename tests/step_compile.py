@@ -86,11 +86,11 @@ def every_launch(dtype):
 
 
 def describe(launch):
-    """A launch as one line: "linear_kernel append N=64 M=16 K=256 splits=3"."""
+    """A launch as one line: "linear append out=64 in=256 M=16 splits=3"."""
     kernel, _, given, _ = launch
     words = [kernel.__name__.removesuffix("_kernel"), str(given.get("EPILOGUE", ""))]
     words += ["norm"] if given.get("NORM") else []
-    names = {"BLOCK_N": "N", "BLOCK_D": "D", "BLOCK_W": "W", "BLOCK_T": "T", "BLOCK_M": "M", "BLOCK_K": "K"}
+    names = {"BLOCK_OUT": "out", "BLOCK_IN": "in", "BLOCK_M": "M", "BLOCK_W": "W", "BLOCK_T": "T"}
     words += [f"{short}={given[name]}" for name, short in names.items() if name in given]
     return " ".join(filter(None, [*words, f"splits={given['SPLITS']}" if "SPLITS" in given else ""]))
 

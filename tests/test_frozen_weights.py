@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tarflow_fast.ops.registry import OPS
 
 LAYERS, BLOCKS = 2, 2
-KERNELS = {"attention": ("query", "key"), "layer_norm": ("backward",), "bias_gelu": ("backward",)}
+KERNELS = {"attention_backward": ("query", "key"), "layer_norm": ("backward",), "bias_gelu": ("backward",)}
 KERNELS |= {"bias_residual": ("backward",), "columns": ("sum",), "affine": ("backward",)}
 
 
@@ -45,9 +45,9 @@ class Launches:
 def seen(device, monkeypatch):
     if why_not := OPS["attention"].why_not("triton", device, torch.float32):
         pytest.skip(why_not)
-    from tarflow_fast.kernels.triton import affine, attention, bias_gelu, bias_residual, columns, layer_norm
+    from tarflow_fast.kernels.triton import affine, attention_backward, bias_gelu, bias_residual, columns, layer_norm
 
-    found, modules = collections.Counter(), (affine, attention, bias_gelu, bias_residual, columns, layer_norm)
+    found, modules = collections.Counter(), (affine, attention_backward, bias_gelu, bias_residual, columns, layer_norm)
     for module in modules:
         name = module.__name__.rpartition(".")[2]
         for part in KERNELS[name]:
@@ -77,7 +77,11 @@ def test_frozen_weights_launch_nothing_for_a_weight(dtype, seen, device):
     every, products, dx = backward(device, seen, False, dtype)
     frozen, fewer_products, same_dx = backward(device, seen, True, dtype)
     layers = LAYERS * BLOCKS
-    expected = {("affine backward",): BLOCKS, ("attention query",): layers, ("attention key",): layers}
+    expected = {
+        ("affine backward",): BLOCKS,
+        ("attention_backward query",): layers,
+        ("attention_backward key",): layers,
+    }
     expected |= {("layer_norm backward", ("WEIGHTS", False)): 2 * layers}
     expected |= {("bias_gelu backward", ("BIAS", False)): layers}
     if dtype != torch.float32:  # of another dtype than the stream, so its gradient is written, and nothing else

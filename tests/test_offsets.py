@@ -45,7 +45,7 @@ def scratch(device):
 def test_the_cache_of_a_step(device):
     """Keys and values of the last row lie past 2**31; appended by one kernel and read by the next."""
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
-    from tarflow_fast.kernels.triton.step_linear import linear
+    from tarflow_fast.kernels.triton.step_linear import Append, Norm, linear
 
     R, H, E, T = 2, 1, 16, 2**26 + 5
     C = H * E
@@ -55,7 +55,10 @@ def test_the_cache_of_a_step(device):
     queries = torch.empty(R, C, dtype=torch.float16, device=device)
     starts = torch.tensor([[3, T - 2], [0, 0]], dtype=torch.int32, device=device)
     space = scratch(device)
-    linear(h, weight, zeros, queries, space, "append", (ones, zeros[:C], 1e-5), (cache, starts, 1), 17)
+    linear(
+        h, weight, zeros, out=queries, scratch=space, epilogue="append", norm=Norm(ones, zeros[:C], 1e-5),
+        append=Append(cache, starts, 1), tuned_queries=17,
+    )  # fmt: skip
     qkv = F.linear(F.layer_norm(h, (C,)), weight.float())
     for row, at in ((0, 3), (1, T - 2)):
         for part in (0, 1):
@@ -66,7 +69,7 @@ def test_the_cache_of_a_step(device):
     cache[:, 1, :, 3] = cache[:, 1, :, T - 2]
     starts[0] = 3
     out, scale = torch.empty_like(queries), torch.full((R,), math.log2(math.e) / 4, device=device)
-    cached_attention(queries, cache, scale, starts, out, space, 1, 1000)
+    cached_attention(queries, cache, scale=scale, starts=starts, out=out, scratch=space, W=1, tuned_rows=1000)
     keys, values = cache[:, :, :, :4].float()
     expected = F.scaled_dot_product_attention(queries.float().view(R, H, 1, E), keys, values)
     torch.testing.assert_close(out.float().view(R, H, 1, E), expected, rtol=1e-2, atol=1e-2)
@@ -88,12 +91,15 @@ def test_the_tokens_of_a_step(device):
     pos[place] = torch.randn(C, device=device)
     starts = torch.full((2, B), at, dtype=torch.int32, device=device)
     h = torch.empty(B, C, device=device)
-    embed(x, weight, bias, pos, classes, h, starts, order, 1)
+    embed(x=x, weight=weight, bias=bias, pos_embed=pos, classes=classes, h=h, starts=starts, order=order, W=1)
     torch.testing.assert_close(h, F.linear(x[:, place], weight, bias) + pos[place] + classes)
 
     out_weight, out_bias = torch.randn(2 * D, C, device=device) / 8, torch.randn(2 * D, device=device)
     sums, guidance = vast(1, 8, T + 1, dtype=torch.float32, device=device), torch.zeros(2, at + 1, device=device)
-    affine_inverse(h, out_weight, out_bias, z, x, sums[:, :B, :T], starts, order, guidance, 1, False)
+    affine_inverse(
+        h=h, weight=out_weight, bias=out_bias, z=z, x=x, sums=sums[:, :B, :T], starts=starts, order=order,
+        guidance=guidance, W=1, guided=False,
+    )  # fmt: skip
     a, b = F.linear(h, out_weight, out_bias).chunk(2, dim=1)
     torch.testing.assert_close(x[:, following], z[:, following] * a.exp() + b, rtol=1e-5, atol=1e-5)
 

@@ -67,7 +67,10 @@ def test_embed(dtype, device):  # noqa: F811
 
     def run(rows):
         h = torch.empty(len(rows), C, device=device)
-        embed(x[rows], weight, bias, pos, classes[rows], h, starts[:, rows].contiguous(), order, 1)
+        embed(
+            x=x[rows], weight=weight, bias=bias, pos_embed=pos, classes=classes[rows], h=h,
+            starts=starts[:, rows].contiguous(), order=order, W=1,
+        )  # fmt: skip
         return [h]
 
     check(run)
@@ -76,7 +79,7 @@ def test_embed(dtype, device):  # noqa: F811
 @pytest.mark.parametrize("epilogue", ["append", "gelu", "residual"])
 def test_linear(epilogue, dtype, device):  # noqa: F811
     from tarflow_fast.kernels.triton import tuning_step
-    from tarflow_fast.kernels.triton.step_linear import linear
+    from tarflow_fast.kernels.triton.step_linear import Append, Norm, linear
 
     K, N = {"append": (C, 3 * C), "gelu": (C, HIDDEN), "residual": (HIDDEN, C)}[epilogue]
     norm = epilogue != "residual"
@@ -84,16 +87,20 @@ def test_linear(epilogue, dtype, device):  # noqa: F811
     gain, shift = draw(K, device=device), draw(K, device=device)
     h = draw(MANY, K, device=device, dtype=torch.float32 if norm else dtype)
     stream, starts = draw(MANY, N, device=device), torch.arange(MANY, dtype=torch.int32, device=device).repeat(2, 1)
-    own, theirs = (tuning_step.linear(M, N, K, dtype, norm) for M in (1, MANY))
+    own, theirs = (tuning_step.linear(M=M, outputs=N, inputs=K, dtype=dtype, norm=norm) for M in (1, MANY))
     assert own != theirs and (theirs["SPLITS"] > 1 or K == 32), "else there is nothing to show"
 
     def run(rows):
         R = len(rows)
         cache = torch.zeros(2, R, H, T, E, dtype=dtype, device=device)
-        append = (cache, starts[:, rows].contiguous(), 1) if epilogue == "append" else None
+        append = Append(cache, starts[:, rows].contiguous(), 1) if epilogue == "append" else None
         out = stream[rows] if epilogue == "residual" else torch.empty(R, C if append else N, dtype=dtype, device=device)
-        normal = (gain, shift, 1e-5) if norm else None
-        linear(h[rows], weight, bias, out, scratch(R, dtype, device), epilogue, normal, append, MANY)
+        normal = Norm(gain, shift, 1e-5) if norm else None
+        space = scratch(R, dtype, device)
+        linear(
+            h[rows], weight, bias, out=out, scratch=space, epilogue=epilogue, norm=normal, append=append,
+            tuned_queries=MANY,
+        )  # fmt: skip
         return [out, *(part for part in cache if append)]
 
     check(run)
@@ -103,23 +110,25 @@ def test_linear(epilogue, dtype, device):  # noqa: F811
 def test_linear_of_few_queries_has_one_configuration(epilogue, dtype, device):  # noqa: F811
     """Up to 16 queries the tiles are the same by themselves, and so are the bits."""
     from tarflow_fast.kernels.triton import tuning_step
-    from tarflow_fast.kernels.triton.step_linear import linear
+    from tarflow_fast.kernels.triton.step_linear import Norm, linear
 
-    normal = (draw(256, device=device), draw(256, device=device), 1e-5) if epilogue == "gelu" else None
+    normal = Norm(draw(256, device=device), draw(256, device=device), 1e-5) if epilogue == "gelu" else None
     weight, bias = draw(C, 256, device=device, dtype=dtype, scale=1 / 16), draw(C, device=device)
     x, stream = draw(MANY, 256, device=device), draw(MANY, C, device=device)
     x, stream = (x, stream.to(dtype)) if normal else (x.to(dtype), stream)
 
     def run(rows):
         out = stream[rows].clone()
-        linear(x[rows], weight, bias, out, scratch(len(rows), dtype, device), epilogue, normal)
+        space = scratch(len(rows), dtype, device)
+        linear(x[rows], weight, bias, out=out, scratch=space, epilogue=epilogue, norm=normal)
         return out
 
     expected = run([ROW])
     for count in (2, 7, 16):
         assert same_bits(run(list(range(ROW, ROW + count)))[:1], expected)
     for N, K in ((2304, 768), (768, 768), (3072, 768), (768, 3072)):
-        assert len({str(tuning_step.linear(M, N, K, dtype, True)) for M in range(1, 17)}) == 1
+        tiles = [tuning_step.linear(M=M, outputs=N, inputs=K, dtype=dtype, norm=True) for M in range(1, 17)]
+        assert all(each == tiles[0] for each in tiles)
 
 
 @pytest.mark.parametrize("W", [1, 3])
@@ -132,14 +141,17 @@ def test_cached_attention(W, dtype, device):  # noqa: F811
     cache = draw(2, MANY, heads, tokens, E, device=device, dtype=dtype)
     starts = (torch.arange(MANY, dtype=torch.int32, device=device) * (tokens // MANY)).repeat(2, 1)
     scale = torch.full((MANY,), math.log2(math.e) / 4, device=device)
-    own, theirs = (tuning_step.attention(R, heads, tokens, W, dtype)["SPLITS"] for R in (1, MANY))
+    own, theirs = (tuning_step.attention(R=R, W=W, H=heads, T=tokens, dtype=dtype)["SPLITS"] for R in (1, MANY))
     assert own > theirs > 1, "else there is nothing to show"
 
     def run(rows):
         out = torch.zeros(len(rows) * W, heads * E, dtype=dtype, device=device)
         flat, own_cache = q[rows].flatten(0, 1).contiguous(), cache[:, rows].contiguous()
         space = scratch(len(rows) * W, dtype, device)
-        cached_attention(flat, own_cache, scale[rows], starts[:, rows].contiguous(), out, space, W, MANY)
+        cached_attention(
+            flat, own_cache, scale=scale[rows], starts=starts[:, rows].contiguous(), out=out, scratch=space, W=W,
+            tuned_rows=MANY,
+        )  # fmt: skip
         return [out.view(len(rows), W, heads * E)]
 
     check(run)
@@ -163,7 +175,10 @@ def test_affine_inverse(guided, dtype, device):  # noqa: F811
         sums = torch.zeros(tuning_step.tail_tiles(C, D, dtype), len(rows), T, device=device)
         now = starts[rows].repeat(2, 1 + guided).contiguous()
         passes = h[: 1 + guided, rows].reshape(R, C).contiguous()
-        affine_inverse(passes, weight, bias, z[rows], x, sums, now, order, table, 1, guided)
+        affine_inverse(
+            h=passes, weight=weight, bias=bias, z=z[rows], x=x, sums=sums, starts=now, order=order, guidance=table,
+            W=1, guided=guided,
+        )  # fmt: skip
         return [x, sums.transpose(0, 1)]
 
     check(run)

@@ -48,7 +48,7 @@ def check(launch, kernel, dtype, arch, folder):
         yield f"takes {compiled.metadata.shared} bytes of shared memory: two programs must fit a multiprocessor"
     expected = set()
     if kernel != "normalize" and not given.get("ONE") and dtype != torch.float32:
-        big = given.get("BLOCK_N", given.get("BLOCK_T", given.get("BLOCK_D"))) >= 64
+        big = given.get("BLOCK_OUT", given.get("BLOCK_T")) >= 64
         expected = {"wgmma"} if big and arch == 90 else {"mma"}
     if products(compiled) != expected:
         yield f"multiplies by {products(compiled)}, not {expected}"
@@ -70,8 +70,8 @@ def test_every_step_launches_every_kernel():
 def test_launches_are_those_of_the_tuning():
     """One query: narrow tiles, and the sum over K split until every multiprocessor has a program."""
     few = {describe(launch): launch[1] for launch in launches("afhq256", 1, False, torch.bfloat16)}
-    assert few["linear residual N=16 M=16 K=256 splits=3"] == (48, 3)
-    assert few["linear append norm N=16 M=16 K=256 splits=1"] == (144, 1)
+    assert few["linear residual out=16 in=256 M=16 splits=3"] == (48, 3)
+    assert few["linear append norm out=16 in=256 M=16 splits=1"] == (144, 1)
     many = {describe(launch): launch[1] for launch in launches("afhq256", 128, True, torch.bfloat16)}
     assert many["attention W=1 T=64 splits=1"] == (2 * 128 * 12, 1)
-    assert "normalize" in many and "linear append N=64 M=64 K=64 splits=1" in many
+    assert "normalize" in many and "linear append out=64 in=64 M=64 splits=1" in many

@@ -33,7 +33,7 @@ def scratch_for(R, W, C, hidden, H, T, E, dtype, device):
     from tarflow_fast.kernels.triton import tuning_step
 
     kinds = {"fp32": torch.float32, "int32": torch.int32, "storage": dtype}
-    sizes = tuning_step.scratch(R, W, C, hidden, H, T, E, dtype)
+    sizes = tuning_step.scratch(R=R, W=W, C=C, hidden=hidden, H=H, T=T, E=E, dtype=dtype)
     return {name: torch.zeros(size, dtype=kinds[kind], device=device) for name, (size, kind) in sizes.items()}
 
 
@@ -63,7 +63,7 @@ def test_embed(R, W, C, D, name, dtype, device):
     starts = torch.stack([torch.full_like(now, 77), now])
     h = torch.full((R * W, C), torch.nan, device=device)
     order = torch.tensor(ORDERS[name], dtype=torch.int32, device=device)
-    embed(x, weight, bias, pos, classes, h, starts, order, W)
+    embed(x=x, weight=weight, bias=bias, pos_embed=pos, classes=classes, h=h, starts=starts, order=order, W=W)
     assert torch.equal(starts[0], now), "the step begins where the one before it ended"
     p = positions(now, W)
     rows, place = torch.arange(R * W, device=device) // W, order[p.clamp(max=T - 1)]
@@ -100,7 +100,7 @@ def test_residual(M, K, N, dtype, device):
     weight, bias, scratch = layer(M, K, N, dtype, device)
     x, h = draw(M, K, device=device, dtype=dtype), draw(M, N, device=device)
     got = h.clone()
-    linear(x, weight, bias, got, scratch, "residual")
+    linear(x, weight, bias, out=got, scratch=scratch, epilogue="residual")
     assert not scratch["counters"].any(), "counters are left at zero for the next launch"
     truth, plain = (h + product(x, weight, bias, kind) for kind in (torch.float64, dtype))
     assert_accurate("h", got.cpu(), truth.cpu(), plain.float().cpu())
@@ -109,12 +109,12 @@ def test_residual(M, K, N, dtype, device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("M, K, N", LAYERS)
 def test_gelu(M, K, N, dtype, device):
-    from tarflow_fast.kernels.triton.step_linear import linear
+    from tarflow_fast.kernels.triton.step_linear import Norm, linear
 
     weight, bias, scratch = layer(M, K, N, dtype, device)
     h, gain, shift = 30 + 3 * draw(M, K, device=device), 1 + draw(K, device=device, scale=0.2), draw(K, device=device)
     got = torch.full((M, N), torch.nan, dtype=dtype, device=device)
-    linear(h, weight, bias, got, scratch, "gelu", (gain, shift, 1e-5))
+    linear(h, weight, bias, out=got, scratch=scratch, epilogue="gelu", norm=Norm(gain, shift, 1e-5))
 
     def expected(kind, wide):
         normal = F.layer_norm(h.to(wide), (K,), gain.to(wide), shift.to(wide))
@@ -128,7 +128,7 @@ def test_gelu(M, K, N, dtype, device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("R, W", [(3, 1), (2, 3), (1, 35)])
 def test_append(R, W, dtype, device):
-    from tarflow_fast.kernels.triton.step_linear import linear
+    from tarflow_fast.kernels.triton.step_linear import Append, Norm, linear
 
     H, E, T = 3, 16, 10
     C, M = H * E, R * W
@@ -137,7 +137,10 @@ def test_append(R, W, dtype, device):
     starts = torch.tensor([STARTS[R], [99] * R], dtype=torch.int32, device=device)
     cache = torch.full((2, R, H, T, E), -7.0, dtype=dtype, device=device)
     queries = torch.full((M, C), torch.nan, dtype=dtype, device=device)
-    linear(h, weight, bias, queries, scratch, "append", (gain, shift, 1e-5), (cache, starts, W))
+    linear(
+        h, weight, bias, out=queries, scratch=scratch, epilogue="append", norm=Norm(gain, shift, 1e-5),
+        append=Append(cache, starts, W),
+    )  # fmt: skip
 
     def expected(kind, wide):
         normal = F.layer_norm(h.to(wide), (C,), gain.to(wide), shift.to(wide))
@@ -179,7 +182,7 @@ def test_cached_attention(R, W, H, E, T, starts, dtype, device):
     got = torch.full((M, C), torch.nan, dtype=dtype, device=device)
     scale = (math.log2(math.e) * E**-0.5) / temperature
     for _ in range(2):  # counters must be fit for a second launch
-        cached_attention(q, cache, scale, places, got, scratch, W)
+        cached_attention(q, cache, scale=scale, starts=places, out=got, scratch=scratch, W=W)
     assert not scratch["counters"].any()
 
     def expected(kind):
@@ -210,9 +213,9 @@ def test_a_machine_filled_by_rows_splits_nothing(device, monkeypatch):
     scratch, results = scratch_for(R, 1, H * E, 64, H, T, E, q.dtype, device), []
     for programs, splits in ((132, 3), (2, 1)):
         monkeypatch.setattr(tuning_step, "PROGRAMS", programs)
-        assert tuning_step.attention(R, H, T, 1, q.dtype)["SPLITS"] == splits
+        assert tuning_step.attention(R=R, W=1, H=H, T=T, dtype=q.dtype)["SPLITS"] == splits
         results.append(torch.empty_like(q))
-        cached_attention(q, cache, scale, starts, results[-1], scratch, 1)
+        cached_attention(q, cache, scale=scale, starts=starts, out=results[-1], scratch=scratch, W=1)
     torch.testing.assert_close(*results)
 
 
@@ -229,7 +232,8 @@ def test_cached_attention_does_not_depend_on_other_rows(device):
 
     def run(rows):
         out = torch.empty_like(q)
-        cached_attention(q[rows], cache[:, rows].contiguous(), scale, starts[:, rows].contiguous(), out, scratch, 1)
+        its_cache, its_starts = cache[:, rows].contiguous(), starts[:, rows].contiguous()
+        cached_attention(q[rows], its_cache, scale=scale, starts=its_starts, out=out, scratch=scratch, W=1)
         return out
 
     straight = run([0, 1, 2])
@@ -263,7 +267,10 @@ def test_affine_inverse(B, W, C, D, scale, guided, name, dtype, device):
     table[0, 4] = 0.0  # no guidance of a there, whatever the unguided pass says
     got = x.clone()
     order = torch.tensor(ORDERS[name], dtype=torch.int32, device=device)
-    affine_inverse(h, weight, bias, z, got, sums, starts, order, table, W, guided)
+    affine_inverse(
+        h=h, weight=weight, bias=bias, z=z, x=got, sums=sums, starts=starts, order=order, guidance=table, W=W,
+        guided=guided,
+    )  # fmt: skip
     assert torch.equal(starts[1], now + (W == 1)) and torch.equal(starts[0], now)
 
     def expected(kind, wide):

@@ -39,7 +39,10 @@ def test_embed(W, dtype, device):  # noqa: F811
 
     def run(x, pos, order):
         h = torch.full((B * W, C), torch.nan, device=device)
-        embed(x, weight, bias, pos, classes, h, now.repeat(2, 1), table(order, device), W)
+        embed(
+            x=x, weight=weight, bias=bias, pos_embed=pos, classes=classes, h=h, starts=now.repeat(2, 1),
+            order=table(order, device), W=W,
+        )  # fmt: skip
         return h
 
     got, straight = run(x, pos, ORDER), range(T)
@@ -62,7 +65,10 @@ def test_affine_inverse(W, guided, dtype, device):  # noqa: F811
     def run(x, z, order):
         sums = torch.zeros(tuning_step.tail_tiles(C, D, dtype), B, T, device=device)
         solved = x.clone()
-        affine_inverse(h, weight, bias, z, solved, sums, starts.clone(), table(order, device), guidance, W, guided)
+        affine_inverse(
+            h=h, weight=weight, bias=bias, z=z, x=solved, sums=sums, starts=starts.clone(),
+            order=table(order, device), guidance=guidance, W=W, guided=guided,
+        )  # fmt: skip
         return solved, sums
 
     got, sums = run(x, z, ORDER)

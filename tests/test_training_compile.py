@@ -21,19 +21,24 @@ ATTENTION_POINTERS = {  # of (storage type, float32)
 }
 
 
+def attention_kernel(part):
+    from tarflow_fast.kernels.triton import attention, attention_backward
+
+    return getattr(attention if part == "forward" else attention_backward, part + "_kernel")
+
+
 def compile_attention(part, arch, E, dtype, even):
-    from tarflow_fast.kernels.triton import attention as kernels
     from tarflow_fast.kernels.triton import tuning
 
     stored, wide = ATTENTION_POINTERS[part]
     storage = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     tiles = tuning.attention(part, E, storage, arch)
     return compile_kernel(
-        getattr(kernels, part + "_kernel"),
+        attention_kernel(part),
         arch,
         dict.fromkeys(stored, dtype) | dict.fromkeys(wide, "fp32"),
         ("T", "heads", "H", "together", *STRIDES),
-        {"E": E, "EVEN": even, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+        {"E": E, "EVEN": even, "BLOCK_OWN": tiles.own, "BLOCK_WALK": tiles.walk},
         tiles.num_warps,
         tiles.num_stages,
         floats=("scale", "logit_scale"),
@@ -71,21 +76,16 @@ def check_attention(compiled, arch, folder):
 @pytest.mark.parametrize("part", ATTENTION_POINTERS)
 def test_attention_of_one_token_and_head(part):
     """A launch turns arguments that are 1 into constants."""
-    from tarflow_fast.kernels.triton import attention as kernels
-
     stored, wide = ATTENTION_POINTERS[part]
-    constants = {"E": 64, "EVEN": False, "BLOCK_M": 64, "BLOCK_N": 32} | dict.fromkeys(
+    constants = {"E": 64, "EVEN": False, "BLOCK_OWN": 64, "BLOCK_WALK": 32} | dict.fromkeys(
         ("T", "heads", "H", "together"), 1
     )
     pointers = dict.fromkeys(stored, "bf16") | dict.fromkeys(wide, "fp32")
-    compile_kernel(
-        getattr(kernels, part + "_kernel"), 90, pointers, STRIDES, constants, floats=("scale", "logit_scale")
-    )
+    compile_kernel(attention_kernel(part), 90, pointers, STRIDES, constants, floats=("scale", "logit_scale"))
 
 
 def test_attention_tiles_fit_each_other():
-    from tarflow_fast.kernels.triton import attention as kernels
-    from tarflow_fast.kernels.triton import tuning
+    from tarflow_fast.kernels.triton import attention_tiles, tuning
 
     from tarflow_fast.ops import attention, layer_norm
 
@@ -96,9 +96,9 @@ def test_attention_tiles_fit_each_other():
             for E in tuning.HEAD_SIZES:
                 tiles = {part: tuning.attention(part, E, dtype, arch) for part in ATTENTION_POINTERS}
                 for each in tiles.values():
-                    assert each.block_m % each.block_n == 0 and kernels.PADDING.value % each.block_m == 0
+                    assert each.own % each.walk == 0 and attention_tiles.PADDING.value % each.own == 0
                 # what key_kernel reads of statistics past T, query_kernel must have written
-                assert tiles["query"].block_m % tiles["key"].block_n == 0
+                assert tiles["query"].own % tiles["key"].walk == 0
 
 
 # ---- layer_norm, bias_gelu, bias_residual ----------------------------------------------------------------------------

@@ -1,20 +1,20 @@
 // The affine step of a flow block, its gradient, and the update of a sampling step (tarflow_fast/ops/affine.py).
 //
-// A block owns a run of elements of one row, as many whatever the batch, and each thread's share of it is fixed: the
-// same sums are added in the same order in every run and for every batch.
+// A block of threads owns a run of elements of one row, and its length does not depend on the batch. Each thread's
+// share of the run is fixed. So the same sums are added in the same order in every run and for every batch.
 #include "types.cuh"
 
 namespace tf {
 namespace {
 
-constexpr int THREADS = 256, ROUNDS = 4, PACK = 4;  // a block: 4096 elements in packs of 4, fewer when D is odd
+constexpr int THREADS = 256, ROUNDS = 4, PACK = 4;  // a block owns 4096 elements in packs of 4, fewer when D is odd
 
 struct Problem {
     int64_t B, T, D;
     bool scale, flip;
 
     __host__ __device__ int64_t ab_width() const { return scale ? 2 * D : D; }
-    // Where token j of net order lies in a (B, T, D) tensor.
+    // The first element of token j, in net order, in a (B, T, D) tensor.
     __device__ int64_t place(int64_t row, int64_t j) const { return (row * T + (flip ? T - 1 - j : j)) * D; }
 };
 
@@ -26,7 +26,7 @@ int64_t blocks_a_row(int64_t T, int64_t D, int pack) {
 __device__ float exponential(float a) { return expf(a); }
 __device__ double exponential(double a) { return exp(a); }
 
-// The sum over a block, in thread 0, always in the same order.
+// The sum over a block of threads, always in the same order. Thread 0 gets it.
 __device__ double block_sum(double value) {
     __shared__ double shared[THREADS / 32];
     for (int step = 16; step; step /= 2) value += __shfl_down_sync(~0u, value, step);
@@ -37,7 +37,7 @@ __device__ double block_sum(double value) {
     return value;
 }
 
-// f(row, token in net order, first of N elements) for the elements of this block.
+// Calls f(row, token in net order, first of N elements) for the elements of this block of threads.
 template <int N, class F>
 __device__ void for_elements(const Problem& p, int64_t row_blocks, F f) {
     const int64_t row = blockIdx.x / row_blocks, first = blockIdx.x % row_blocks * THREADS * ROUNDS;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(THREADS) backward(const X* dz, const L* dlog_d
     for_elements<N>(p, row_blocks, [&](int64_t row, int64_t j, int64_t d) {
         const int64_t at = p.place(row, j) + d;
         Pack<X, N> g = *reinterpret_cast<const Pack<X, N>*>(dz + at);
-        // Token 0 is conditioned by nothing; its threads write the zeros of the last row of ab, which is for nothing.
+        // Nothing conditions token 0. Its threads write the zeros of dab at the last token, which conditions nothing.
         const int64_t from = (row * p.T + (j > 0 ? j - 1 : p.T - 1)) * p.ab_width() + d;
         Pack<A, N> da = {}, db = {};
         if (j > 0) {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(THREADS) backward(const X* dz, const L* dlog_d
     });
 }
 
-// One block a row: D is 12 to 192.
+// One block of threads solves one row, because D is only 12 to 192.
 template <class A>
 __global__ void __launch_bounds__(THREADS) inverse(const A* ab, const float* z, float* x, float* sums,
                                                    const int32_t* position, const int32_t* order, const float* guidance,
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(THREADS) inverse(const A* ab, const float* z, 
     for (int64_t d = threadIdx.x; d < p.D; d += THREADS) {
         const int64_t shift = d + (p.scale ? p.D : 0);
         float a = p.scale ? float(own[d]) : 0, b = float(own[shift]);
-        // A weight of zero leaves out the other pass, whatever it holds.
+        // A weight of zero leaves out the other pass, even where it holds NaN.
         if (ga != 0 && p.scale) a += ga * (a - float(other[d]));
         if (gb != 0) b += gb * (b - float(other[shift]));
         x[token + d] = p.scale ? z[token + d] * expf(a) + b : z[token + d] + b;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(THREADS) inverse(const A* ab, const float* z, 
     if (threadIdx.x == 0) sums[row * p.T + at] = float(total);
 }
 
-// Whether packs of PACK lie aligned in every tensor.
+// Whether packs of PACK elements lie aligned in every tensor.
 template <class... Pointers>
 bool packs(int64_t D, Pointers... pointers) {
     uintptr_t bits = 0;

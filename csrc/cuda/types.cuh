@@ -1,4 +1,4 @@
-// Storage types, the type each is computed in, and loads of several neighbouring elements at once.
+// Storage types, the type that each is computed in, and loads of several neighbouring elements at once.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -18,13 +18,13 @@ struct Compute<double> {
     using type = double;
 };
 
-// N neighbours, loaded and stored as one: N * sizeof(T) bytes, aligned to as many (16 at most).
+// N neighbours, which are loaded and stored as one: N * sizeof(T) bytes, aligned to as many bytes (16 at most).
 template <class T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
     T at[N];
 };
 
-// Calls f with null pointers of the storage types of x, ab and log_det.
+// Calls f with null pointers of the storage types of x, ab and log_det. f gets types and no data.
 template <class F>
 int for_types(int x_dtype, int ab_dtype, F f) {
     if (x_dtype == TF_F64 && ab_dtype == TF_F64) return f((double*)nullptr, (double*)nullptr, (double*)nullptr);

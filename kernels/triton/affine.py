@@ -1,7 +1,7 @@
 """Triton kernels of the affine step; formulas in tarflow_fast/ops/affine.py.
 
-A program owns a tile of BLOCK_T tokens (net order) times BLOCK_D of their elements, all from one row. Tiles depend on T
-and D alone and no two programs write one address: the bits depend neither on the batch nor on the run.
+A program owns a tile of BLOCK_T tokens (in net order) and BLOCK_D of their elements, all from one row. The tiles depend
+on T and D alone, and no two programs write to the same address. So the bits depend neither on the batch nor on the run.
 """
 
 import torch
@@ -21,7 +21,7 @@ def tile(D):
 
 @triton.jit
 def _places(T, chunks, D: tl.constexpr, FLIP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    # One grid axis holds everything: the others end at 65535.
+    # Everything lies on one grid axis, because the other axes end at 65535.
     parts: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     item = tl.program_id(0).to(tl.int64)
     row, rest = item // (chunks * parts), item % (chunks * parts)
@@ -33,15 +33,20 @@ def _places(T, chunks, D: tl.constexpr, FLIP: tl.constexpr, BLOCK_T: tl.constexp
 
 @triton.jit
 def forward_kernel(
+    # in: (B, T, D) and (B, T, 2D or D)
     x_ptr,
     ab_ptr,
+    # out: (B, T, D), and the sum of a of each tile
     z_ptr,
     sum_ptr,
+    # sizes; chunks: tiles along T
     T,
     chunks,
     D: tl.constexpr,
+    # what is asked for
     SCALE: tl.constexpr,
     FLIP: tl.constexpr,
+    # tiles, and the type that everything is computed in
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -63,7 +68,7 @@ def forward_kernel(
 
 @triton.jit
 def log_det_kernel(sum_ptr, log_det_ptr, count, BLOCK: tl.constexpr):
-    """log_det[row] = -(the row's tile sums), added in fp64 and always in the same order."""
+    """log_det[row] is minus the sum over the row's tiles. It is added up in fp64 and always in the same order."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -76,24 +81,30 @@ def log_det_kernel(sum_ptr, log_det_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def backward_kernel(
+    # in: (B, T, D), (B,), (B, T, D) and (B, T, 2D or D)
     dz_ptr,
     dlog_det_ptr,
     x_ptr,
     ab_ptr,
+    # out: as x and ab
     dx_ptr,
     dab_ptr,
+    # sizes; chunks: tiles along T
     T,
     chunks,
     D: tl.constexpr,
+    # what is asked for
     SCALE: tl.constexpr,
     FLIP: tl.constexpr,
+    # tiles, and the type that everything is computed in
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     row, token, d, at, inside = _places(T, chunks, D, FLIP, BLOCK_T, BLOCK_D)
     width: tl.constexpr = 2 * D if SCALE else D
-    # Token 0 is conditioned by nothing; its programs write the zeros of the last row of ab, which conditions nothing.
+    # Nothing conditions token 0. Its programs write the zeros of dab at the last token, whose output conditions
+    # nothing.
     source = tl.where(token > 0, token, T) - 1
     from_ = (row * T + source) * width + d
     conditioned = inside & (token > 0)
@@ -113,7 +124,7 @@ def backward_kernel(
 
 
 def affine_forward(x, ab, z, log_det, flip):
-    """Fills z and log_det. All contiguous and on one device, shapes and dtypes as in the op."""
+    """Fills z and log_det. All are contiguous, on one device, of the shapes and dtypes of the op."""
     B, T = x.shape[:2]
     programs, settings = _launch(x, ab, flip)
     if not settings["SCALE"]:
@@ -128,7 +139,7 @@ def affine_forward(x, ab, z, log_det, flip):
 
 
 def affine_backward(dz, dlog_det, x, ab, dx, dab, flip):
-    """Fills dx and dab, every element. All contiguous and on one device, shapes and dtypes as in the op."""
+    """Fills every element of dx and dab. All are contiguous, on one device, of the shapes and dtypes of the op."""
     programs, settings = _launch(x, ab, flip)
     if x.shape[0] == 0:
         return
@@ -137,7 +148,7 @@ def affine_backward(dz, dlog_det, x, ab, dx, dab, flip):
 
 
 def _launch(x, ab, flip):
-    """Programs a row, and the kernels' settings."""
+    """The number of programs a row, and the kernels' settings."""
     T, D = x.shape[1:]
     block_t, block_d = tile(D)
     chunks = triton.cdiv(T, block_t)

@@ -4,8 +4,8 @@
     x[next] = z[next] exp(a) + b,   sums[., p] = sum_d a,   next = order[p + 1]
 
 Rows B .. 2B-1 of a guided pass are the unguided ones. x and z (B, T, D) are fp32, and order[i] is the place in them of
-the i-th token that the net sees. The sums of a are kept by position, so that a pass over a window may be repeated and
-log_det still counts each token once.
+the i-th token that the net sees. The sums of a are kept by position: a pass over a window may be repeated, and log_det
+still counts each token once.
 """
 
 import triton
@@ -17,9 +17,9 @@ from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, place_of, quer
 
 
 @triton.jit
-def _product(weight_at, h_at, weights_inside, rows_inside, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT):
-    acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
-    for start in range(0, C, BLOCK_K):
+def _product(weight_at, h_at, weights_inside, rows_inside, C, BLOCK_OUT, BLOCK_M, BLOCK_IN, DOT):
+    acc = tl.zeros((BLOCK_OUT, BLOCK_M), tl.float32)
+    for start in range(0, C, BLOCK_IN):
         w = tl.load(weight_at + start, mask=weights_inside, other=0.0)
         h = tl.load(h_at + start, mask=rows_inside, other=0.0)
         acc = tl.dot(w.to(DOT), h.to(DOT), acc, input_precision="ieee")
@@ -28,30 +28,36 @@ def _product(weight_at, h_at, weights_inside, rows_inside, C, BLOCK_D, BLOCK_M, 
 
 @triton.jit
 def tail_kernel(
+    # the residual stream and proj_out
     h_ptr,
     weight_ptr,
     bias_ptr,
+    # the noise, the tokens, and the sums of a
     z_ptr,
     x_ptr,
     sums_ptr,
+    # positions of the rows, the order of the tokens, and the weights of guidance
     starts_ptr,
     order_ptr,
     guidance_ptr,
+    # sizes: R is B, or 2B where there is guidance
     W,
     R,
     B,
     T,
     C: tl.constexpr,
     D: tl.constexpr,
+    # what is asked for; ADVANCE: how far the rows move on
     SCALE: tl.constexpr,
     GUIDED: tl.constexpr,
     ADVANCE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    # tiles, and the type of the products' operands
+    BLOCK_OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         first = 0
@@ -61,18 +67,18 @@ def tail_kernel(
             tl.store(starts_ptr + R + r, now + ADVANCE, mask=r < R)
             first += BLOCK_M
     row, position, active = query_places(starts_ptr, m, B * W, W, T)
-    k = tl.arange(0, BLOCK_K)
+    c = tl.arange(0, BLOCK_IN)
     owned, active_row = (d < D)[:, None], active[None, :]
-    h_at = h_ptr + m.to(tl.int64)[None, :] * C + k[:, None]
+    h_at = h_ptr + m.to(tl.int64)[None, :] * C + c[:, None]
     unguided_at = h_at + tl.full((1, 1), C, tl.int64) * B * W
     inside = owned & active_row
 
-    at = weight_ptr + d[:, None] * C + k[None, :] + (D * C if SCALE else 0)
+    at = weight_ptr + d[:, None] * C + c[None, :] + (D * C if SCALE else 0)
     bias = tl.load(bias_ptr + d + (D if SCALE else 0), mask=d < D, other=0.0).to(tl.float32)[:, None]
-    b = _product(at, h_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
+    b = _product(at, h_at, owned, active_row, C, BLOCK_OUT, BLOCK_M, BLOCK_IN, DOT) + bias
     if GUIDED:
         g = tl.load(guidance_ptr + T + position, mask=active, other=0.0)[None, :]
-        b_u = _product(at, unguided_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
+        b_u = _product(at, unguided_at, owned, active_row, C, BLOCK_OUT, BLOCK_M, BLOCK_IN, DOT) + bias
         b += tl.where(g == 0.0, 0.0, g * (b - b_u))
     place = place_of(order_ptr, position + 1, T)
     token = (row * T + place)[None, :] * D + d[:, None]
@@ -80,10 +86,10 @@ def tail_kernel(
     if SCALE:
         at -= D * C
         bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[:, None]
-        a = _product(at, h_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
+        a = _product(at, h_at, owned, active_row, C, BLOCK_OUT, BLOCK_M, BLOCK_IN, DOT) + bias
         if GUIDED:
             g = tl.load(guidance_ptr + position, mask=active, other=0.0)[None, :]
-            a_u = _product(at, unguided_at, owned, active_row, C, BLOCK_D, BLOCK_M, BLOCK_K, DOT) + bias
+            a_u = _product(at, unguided_at, owned, active_row, C, BLOCK_OUT, BLOCK_M, BLOCK_IN, DOT) + bias
             a += tl.where(g == 0.0, 0.0, g * (a - a_u))
         y = y * exp(a)
         total = tl.sum(tl.where(inside, a, 0.0), axis=0)
@@ -91,17 +97,24 @@ def tail_kernel(
     tl.store(x_ptr + token, y + b, mask=inside)
 
 
-def affine_inverse(h, weight, bias, z, x, sums, starts, order, guidance, W, guided):
-    """Solves the tokens after the queries of this pass, in x; and with W = 1 moves on to them.
+def affine_inverse(*, h, weight, bias, z, x, sums, starts, order, guidance, W, guided):
+    """Solves the tokens after the queries of this pass, in x. With W = 1 the rows move on to these tokens.
 
-    h (M, C) fp32, weight (2D or D, C), z and x (B, T, D) fp32, sums (tiles, B, T) fp32 with the tiles of
-    `tuning_step.tail_tiles`, starts (2, R) and order (T,) int32, a permutation, guidance (2, T) fp32: ga, gb.
+    Args:
+        h: (R W, C) fp32, R = 2B where `guided`, else B.
+        weight, bias: (2D or D, C) storage type, and (2D or D,).
+        z, x: (B, T, D) fp32.
+        sums: (tiles, B, T) fp32, with the tiles of `tuning_step.tail_tiles`.
+        starts: (2, R) int32; order: (T,) int32, a permutation.
+        guidance: (2, T) fp32, ga and gb.
     """
     (B, T, D), C = x.shape, h.shape[1]
     config = tuning_step.tail(C, weight.dtype)
     with on(x.device):
-        tail_kernel[(cdiv(D, config["BLOCK_D"]), cdiv(B * W, config["BLOCK_M"]))](
-            h, weight, bias, z, x, sums, starts, order, guidance, W, starts.shape[1], B, T,
-            C=C, D=D, SCALE=weight.shape[0] == 2 * D, GUIDED=guided, ADVANCE=int(W == 1),
+        tail_kernel[(cdiv(D, config["BLOCK_OUT"]), cdiv(B * W, config["BLOCK_M"]))](
+            h_ptr=h, weight_ptr=weight, bias_ptr=bias, z_ptr=z, x_ptr=x, sums_ptr=sums,
+            starts_ptr=starts, order_ptr=order, guidance_ptr=guidance,
+            W=W, R=starts.shape[1], B=B, T=T, C=C, D=D,
+            SCALE=weight.shape[0] == 2 * D, GUIDED=guided, ADVANCE=int(W == 1),
             DOT=dot_type(weight.dtype), **config,
         )  # fmt: skip

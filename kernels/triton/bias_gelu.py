@@ -6,12 +6,22 @@ from tarflow_fast.kernels.triton.columns import chunks, column_sums, partial_sum
 from tarflow_fast.kernels.triton.device import on
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi), of the normal density at 0
+DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi), the normal density at 0
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, bias_ptr, out_ptr, rows, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr
+    # in: (rows, N) and (N,); out: (rows, N)
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    # sizes
+    rows,
+    N: tl.constexpr,
+    # tiles, and the type that everything is computed in
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -25,15 +35,19 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
+    # in: (rows, N) twice and (N,)
     dout_ptr,
     x_ptr,
     bias_ptr,
+    # out: (rows, N), and the sums over each chunk of rows, if BIAS
     dx_ptr,
     partial_ptr,
+    # sizes; steps: tiles that a program walks over
     rows,
     steps,
     N: tl.constexpr,
     BIAS: tl.constexpr,
+    # tiles, and the type that everything is computed in
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -58,7 +72,7 @@ def backward_kernel(
 
 
 def bias_gelu_forward(x, bias, out):
-    """Fills out. All contiguous, on one device."""
+    """Fills out, of the shape of x. bias: (N,). All are contiguous and on one device."""
     rows, across, settings = tiles(x)
     if rows == 0:
         return
@@ -67,13 +81,13 @@ def bias_gelu_forward(x, bias, out):
 
 
 def bias_gelu_backward(dout, x, bias, dx, dbias=None):
-    """Fills dx and, where given, dbias."""
+    """Fills dx, of the shape of x, and dbias (N,) where it is given. All are contiguous and on one device."""
     rows, across, settings = tiles(x)
     if rows == 0:
         if dbias is not None:
             dbias.zero_()
         return
-    down, steps = chunks(rows, settings["ROWS"], across)
+    down, steps = chunks(rows=rows, tile_rows=settings["ROWS"], across=across)
     if dbias is None:
         down, steps = triton.cdiv(rows, settings["ROWS"]), 1
     partial = partial_sums(down if dbias is not None else 0, x)

@@ -8,12 +8,15 @@ from tarflow_fast.kernels.triton.device import on
 
 @triton.jit
 def forward_kernel(
+    # in: (rows, N), (N,) and (rows, N); out: (rows, N)
     x_ptr,
     bias_ptr,
     residual_ptr,
     out_ptr,
+    # sizes
     rows,
     N: tl.constexpr,
+    # tiles, and the type that everything is computed in
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -30,14 +33,18 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
+    # in: (rows, N)
     dout_ptr,
+    # out: (rows, N), if INPUT, and the sums over each chunk of rows, if BIAS
     dx_ptr,
     partial_ptr,
+    # sizes; steps: tiles that a program walks over
     rows,
     steps,
     N: tl.constexpr,
     INPUT: tl.constexpr,
     BIAS: tl.constexpr,
+    # tiles, and the type that everything is computed in
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -60,7 +67,7 @@ def backward_kernel(
 
 
 def bias_residual_forward(x, bias, residual, out):
-    """Fills out. All contiguous, on one device."""
+    """Fills out. x, residual and out are of one shape; bias: (N,). All are contiguous and on one device."""
     rows, across, settings = tiles(residual)
     if rows == 0:
         return
@@ -69,13 +76,13 @@ def bias_residual_forward(x, bias, residual, out):
 
 
 def bias_residual_backward(dout, dx=None, dbias=None):
-    """Fills those of dx and dbias that are given, in one pass over dout."""
+    """Fills those of dx and dbias that are given, in one pass over dout. All are contiguous and on one device."""
     rows, across, settings = tiles(dout)
     if rows == 0:
         if dbias is not None:
             dbias.zero_()
         return
-    down, steps = chunks(rows, settings["ROWS"], across)
+    down, steps = chunks(rows=rows, tile_rows=settings["ROWS"], across=across)
     partial = partial_sums(down if dbias is not None else 0, dout)
     given = {"INPUT": dx is not None, "BIAS": dbias is not None}
     with on(dout.device):

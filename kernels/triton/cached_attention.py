@@ -1,13 +1,15 @@
-"""W queries of each row against the key/value cache, the window's own keys included and causal within it.
+"""Attention of W queries of each row over the key/value cache, causal within the window.
+
+The cache holds the keys and values of the window already.
 
     out[m, h] = softmax(q[m, h] . K[row, h, :p+1] * scale[row]) V[row, h, :p+1],   p = start[row] + w
 
-A program owns one row, head and tile of queries, and one of SPLITS parts of the keys so far; the grid is that of the
-longest cache, programs without keys leave at once. Each part leaves its maximum, its sum and its weighted values, and
-the last one to arrive adds the parts up in order.
+A program owns one row, one head, one tile of queries, and one of SPLITS parts of the keys so far. The grid is that of
+the longest cache, and programs without keys leave at once. Each part leaves its maximum, its sum and its weighted
+values, and the last program to arrive adds the parts up in order.
 
-One query: every lane of keys keeps a maximum and a sum of its own, so nothing crosses threads inside the loop and
-arithmetic is fp32. Several: matrix products.
+With one query every lane of keys keeps a maximum and a sum of its own. So nothing crosses threads inside the loop, and
+all arithmetic is fp32. With several queries the sums are matrix products.
 """
 
 import triton
@@ -19,26 +21,30 @@ from tarflow_fast.kernels.triton.step_rows import cdiv, dot_type, last_to_arrive
 
 @triton.jit
 def _exp2(score, maximum):
-    """exp2(score - maximum), 0 where no key was seen yet; NaN stays NaN."""
+    """exp2(score - maximum). It is 0 where no key was seen yet, and NaN stays NaN."""
     return tl.exp2(score - tl.where(maximum == float("-inf"), 0.0, maximum))
 
 
 @triton.jit
 def attention_kernel(
+    # the queries, the cache, and for each row the scale of its logits and its position
     q_ptr,
     cache_ptr,
     scale_ptr,
     start_ptr,
     out_ptr,
+    # scratch, if SPLITS > 1
     partial_ptr,
     sums_ptr,
     counter_ptr,
+    # sizes: M = R W queries
     M,
     W,
     R,
     T,
     H: tl.constexpr,
     E: tl.constexpr,
+    # tiles, and the type of the products' operands; ONE: W is 1
     SPLITS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -119,7 +125,7 @@ def attention_kernel(
         mass = tl.zeros((BLOCK_W,), tl.float32)
         out = tl.zeros((E, BLOCK_W), tl.float32)
         for part in range(0, parts):
-            # From the L2: other programs wrote them during this launch.
+            # These are read from the L2, because other programs wrote them during this launch.
             place = part * size + pair
             its_peak = tl.load(sums_ptr + place * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
             its_mass = tl.load(sums_ptr + place * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
@@ -135,17 +141,23 @@ def attention_kernel(
     tl.store(out_ptr + pair[None, :] * E + e[:, None], out.to(out_ptr.dtype.element_ty), mask=real[None, :])
 
 
-def cached_attention(q, cache, scale, starts, out, scratch, W, tuned_for=None):
-    """Fills out (M, C). q (M, C) and cache (2, R, H, T, E) in the storage type, scale (R,) fp32 in units of log2.
+def cached_attention(q, cache, *, scale, starts, out, scratch, W, tuned_rows=None):
+    """Fills out.
 
-    scratch: `partials`, fp32, `sums` fp32 and `counters` int32 (zero), as `tuning_step.scratch` asked for.
-    tuned_for: number of rows whose tiles are taken; R by default.
+    Args:
+        q, out: (M, C) storage type, M = R W.
+        cache: (2, R, H, T, E) storage type.
+        scale: (R,) fp32, of the logits in units of log2.
+        starts: (2, R) int32.
+        scratch: what `tuning_step.scratch` asked for: partials fp32, sums fp32, counters int32 (zero).
+        W: queries a row.
+        tuned_rows: number of rows whose tiles are taken; R by default.
     """
-    M = q.shape[0]
     _, R, H, T, E = cache.shape
-    config = tuning_step.attention(tuned_for or R, H, T, W, cache.dtype)
+    config = tuning_step.attention(R=tuned_rows or R, W=W, H=H, T=T, dtype=cache.dtype)
     with on(q.device):
         attention_kernel[(R * H * cdiv(W, config["BLOCK_W"]), config["SPLITS"])](
-            q, cache, scale, starts, out, scratch["partials"], scratch["sums"], scratch["counters"], M, W, R, T,
-            H=H, E=E, DOT=dot_type(cache.dtype), **config,
+            q_ptr=q, cache_ptr=cache, scale_ptr=scale, start_ptr=starts, out_ptr=out,
+            partial_ptr=scratch["partials"], sums_ptr=scratch["sums"], counter_ptr=scratch["counters"],
+            M=q.shape[0], W=W, R=R, T=T, H=H, E=E, DOT=dot_type(cache.dtype), **config,
         )  # fmt: skip

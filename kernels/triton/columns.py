@@ -1,7 +1,10 @@
-"""What the kernels over rows of N numbers have in common: their tiles, and sums over rows, the gradients of weights.
+"""What the kernels over rows of N numbers have in common: their tiles, and the sums over rows that gradients need.
 
-Each program adds up a chunk of rows, a second kernel the chunks, both in an order that depends on the shape alone.
+Each program adds up a chunk of rows, and a second kernel adds up the chunks. The order of both sums depends on the
+shape alone, and so do the bits.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,8 +12,16 @@ import triton.language as tl
 from tarflow_fast.kernels.triton import tuning
 
 
+class RowTiles(NamedTuple):
+    """How x (..., N) is cut up: rows of N numbers, tiles across a row, and the kernels' settings."""
+
+    rows: int
+    across: int
+    settings: dict
+
+
 def tiles(x):
-    """(rows, tiles across a row, settings) of a kernel whose programs own tiles of x (..., N)."""
+    """The tiles of x (..., N) that the programs of a kernel own."""
     N = x.shape[-1]
     rows, columns, num_warps = tuning.bias(N)
     settings = {
@@ -20,7 +31,7 @@ def tiles(x):
         "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "num_warps": num_warps,
     }
-    return x.numel() // N, triton.cdiv(N, columns), settings
+    return RowTiles(x.numel() // N, triton.cdiv(N, columns), settings)
 
 
 def partial_sums(count, x):
@@ -29,18 +40,32 @@ def partial_sums(count, x):
     return x.new_empty(count, 1, x.shape[-1], dtype=sums)
 
 
-def chunks(rows, tile_rows, tiles_across):
-    """(programs down the rows, tiles that each walks over), about tuning.PROGRAMS programs in all."""
-    tiles = triton.cdiv(rows, tile_rows)
-    steps = triton.cdiv(tiles, max(1, tuning.PROGRAMS // tiles_across))
-    return triton.cdiv(tiles, steps), steps
+def chunks(*, rows, tile_rows, across):
+    """(programs down the rows, tiles that each walks over), for about tuning.PROGRAMS programs in all.
+
+    rows: of the tensor; tile_rows: of a tile; across: number of tiles side by side in a row.
+    """
+    down = triton.cdiv(rows, tile_rows)
+    steps = triton.cdiv(down, max(1, tuning.PROGRAMS // across))
+    return triton.cdiv(down, steps), steps
 
 
 @triton.jit
 def sum_kernel(
-    partial_ptr, first_ptr, second_ptr, count, N, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    # in: (count, PARTS, N)
+    partial_ptr,
+    # out: (N,) each, the second only where there are two parts
+    first_ptr,
+    second_ptr,
+    # sizes
+    count,
+    N,
+    PARTS: tl.constexpr,
+    # tiles
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """first[n] = sum_i partial[i, 0, n]; of 2 PARTS, second[n] = sum_i partial[i, 1, n]. partial: (count, PARTS, N)"""
+    """first[n] = sum_i partial[i, 0, n], and where PARTS is 2 also second[n] = sum_i partial[i, 1, n]."""
     blocks = tl.cdiv(N, COLUMNS)
     part = tl.program_id(0) // blocks
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -62,4 +87,7 @@ def column_sums(partial, *sums):
     count, parts, N = partial.shape
     rows, columns, num_warps = tuning.COLUMN_SUMS
     grid = (parts * triton.cdiv(N, columns),)
-    sum_kernel[grid](partial, sums[0], sums[-1], count, N, PARTS=parts, ROWS=rows, COLUMNS=columns, num_warps=num_warps)
+    sum_kernel[grid](
+        partial, sums[0], sums[-1],
+        count=count, N=N, PARTS=parts, ROWS=rows, COLUMNS=columns, num_warps=num_warps,
+    )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Triton kernels of LayerNorm; formulas in tarflow_fast/ops/layer_norm.py. A program owns whole rows, in registers."""
+"""Triton kernels of LayerNorm; formulas in tarflow_fast/ops/layer_norm.py.
+
+A program holds whole rows in registers.
+"""
 
 import torch
 import triton
@@ -10,15 +13,19 @@ from tarflow_fast.kernels.triton.device import on
 
 @triton.jit
 def forward_kernel(
+    # in: (rows, C), and (C,) twice
     x_ptr,
     weight_ptr,
     bias_ptr,
+    # out: (rows, C), and (rows,) twice
     out_ptr,
     mean_ptr,
     rstd_ptr,
+    # sizes
     rows,
     C: tl.constexpr,
     EPS: tl.constexpr,
+    # tiles, and the type that everything is computed in
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -40,17 +47,21 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
+    # in: (rows, C) twice, (C,), and (rows,) twice
     dout_ptr,
     x_ptr,
     weight_ptr,
     mean_ptr,
     rstd_ptr,
+    # out: (rows, C), and the two sums over each chunk of rows, if WEIGHTS
     dx_ptr,
     partial_ptr,
+    # sizes; steps: tiles that a program walks over
     rows,
     steps,
     C: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    # tiles, and the type that everything is computed in
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -82,7 +93,7 @@ def backward_kernel(
 
 
 def layer_norm_forward(x, weight, bias, out, mean, rstd, eps):
-    """Fills out (shape of x), mean and rstd (one number a row). All contiguous, on one device."""
+    """Fills out, of the shape of x, and mean and rstd, one number a row. All are contiguous and on one device."""
     rows, settings = _settings(x)
     if rows == 0:
         return
@@ -92,14 +103,16 @@ def layer_norm_forward(x, weight, bias, out, mean, rstd, eps):
 
 
 def layer_norm_backward(dout, x, weight, mean, rstd, dx, dweight=None, dbias=None):
-    """Fills dx and, where given, dweight and dbias."""
+    """Fills dx, of the shape of x, and dweight and dbias (C,) where they are given. All are contiguous."""
     rows, settings = _settings(x)
     weights = dweight is not None
     if rows == 0:
         if weights:
             dweight.zero_(), dbias.zero_()
         return
-    programs, steps = chunks(rows, settings["ROWS"], 1) if weights else (triton.cdiv(rows, settings["ROWS"]), 1)
+    programs, steps = triton.cdiv(rows, settings["ROWS"]), 1
+    if weights:
+        programs, steps = chunks(rows=rows, tile_rows=settings["ROWS"], across=1)
     partial = mean.new_empty(programs, 2, x.shape[-1]) if weights else mean
     with on(x.device):
         backward_kernel[(programs,)](dout, x, weight, mean, rstd, dx, partial, rows, steps, WEIGHTS=weights, **settings)
@@ -108,7 +121,7 @@ def layer_norm_backward(dout, x, weight, mean, rstd, dx, dweight=None, dbias=Non
 
 
 def _settings(x):
-    """Rows, and the kernels' settings."""
+    """The number of rows, and the kernels' settings."""
     C = x.shape[-1]
     rows, columns, num_warps = tuning.layer_norm(C)
     settings = {

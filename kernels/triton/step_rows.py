@@ -1,9 +1,9 @@
 """What the kernels of a sampling step share: where a query stands, and how programs that split a sum meet.
 
 A step runs W queries of each of R rows: query m = r W + w of row r stands at position start[r] + w of net order. The
-positions live in device memory, `starts` (2, R) int32, so that one captured graph serves every token: starts[1] is
-written by the end of a step, and its first kernel copies it to starts[0], which all others read. No kernel reads what
-it writes itself, hence no race, and no kernel of its own to count.
+positions live in device memory, `starts` (2, R) int32, so that one captured graph serves every token. The last kernel
+of a step writes starts[1], and the first kernel of the next one copies it to starts[0], which all other kernels read.
+No kernel reads what it writes itself, so there is no race, and no kernel is needed that only counts.
 """
 
 import torch
@@ -13,7 +13,10 @@ import triton.language as tl
 
 @triton.jit
 def query_places(start_ptr, m, M, W, T):
-    """Row and position of queries m, and which of them compute: the last token conditions nothing and needs no pass."""
+    """Row and position of the queries m, and which of them compute.
+
+    The last token conditions nothing, so it needs no pass.
+    """
     row = m // W
     position = tl.load(start_ptr + row, mask=m < M, other=T) + m % W
     return row.to(tl.int64), position, (m < M) & (position < T - 1)
@@ -31,10 +34,10 @@ def place_of(order_ptr, i, T):
 
 @triton.jit
 def last_to_arrive(counter_ptr, expected):
-    """True in the last of `expected` programs that call it; by then the stores of all of them can be read.
+    """True in the last of `expected` programs that call it. By then the stores of all of them can be read.
 
-    The last one sums in a fixed order, so who it is does not show in the bits. It leaves the counter at zero for the
-    next launch. The barrier puts every thread's stores before the release of the one thread that counts.
+    The last one adds up in a fixed order, so the bits do not show which one it is. It leaves the counter at zero for
+    the next launch. The barrier puts the stores of every thread before the release by the one thread that counts.
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")

@@ -1,7 +1,7 @@
-"""Launch configurations of the Triton kernels: one place, chosen by shape, storage and architecture.
+"""Launch configurations of the Triton kernels of training and density, chosen by shape, storage and architecture.
 
-Nothing is tuned at import or while running: the same call always launches the same kernel, so the same bits come out,
-and every configuration named here is compiled in the tests (tests/test_training_compile.py), where none may spill.
+Nothing is tuned at import or while running. So the same call always launches the same kernel, and the same bits come
+out. tests/test_training_compile.py compiles every configuration named here, and none may spill.
 """
 
 from typing import NamedTuple
@@ -11,16 +11,16 @@ import triton
 
 
 class Tiles(NamedTuple):
-    """A program owns block_m tokens and walks over the others block_n at a time."""
+    """A program owns `own` tokens and walks over the others `walk` at a time."""
 
-    block_m: int
-    block_n: int
+    own: int
+    walk: int
     num_warps: int
     num_stages: int
 
 
 class Rows(NamedTuple):
-    """A program owns `rows` rows at a time and `columns` columns of them, a power of two each."""
+    """A program owns `rows` rows at a time and `columns` columns of them. Each is a power of two."""
 
     rows: int
     columns: int
@@ -29,9 +29,10 @@ class Rows(NamedTuple):
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
-# Of (head size, architecture), for 16-bit storage. Accumulators stay in registers; block_n divides block_m. On sm_90 a
-# group of four warps owns 64 rows, the smallest wgmma, and (up to head size 64) the registers leave room for a second
-# program on the processor, whose products run while the first is at its exponentials.
+# (head size, architecture): Tiles(own, walk, num_warps, num_stages), for 16-bit storage. Accumulators stay in
+# registers, and `walk` divides `own`. On sm_90 a group of four warps owns 64 rows, which is the smallest wgmma. Up to
+# head size 64 the registers leave room for a second program on the processor, whose products run while the first
+# computes its exponentials.
 _FORWARD = {
     (16, 80): Tiles(128, 64, 4, 3),
     (32, 80): Tiles(128, 64, 4, 3),
@@ -62,7 +63,7 @@ _KEY = {
     (64, 90): Tiles(64, 64, 4, 2),
     (128, 90): Tiles(128, 32, 8, 2),
 }
-# IEEE float32 has no tensor cores: a product is a loop over registers, and tiles are small.
+# Tensor cores have no IEEE float32. A product is then a loop over registers, so the tiles are small.
 _FLOAT32 = {
     ("forward", 64): Tiles(32, 32, 4, 1),
     ("query", 64): Tiles(32, 32, 8, 1),
@@ -74,7 +75,8 @@ _FLOAT32 = {
 _SIXTEEN_BIT = {"forward": _FORWARD, "query": _QUERY, "key": _KEY}
 
 HEAD_SIZES = (16, 32, 64, 128)
-L2_BYTES = 32 << 20  # keys and values of the heads worked on together should stay in the 40 to 50 MB of an A100 or H100
+# Keys and values of the heads worked on together should stay in the L2 cache: an A100 has 40 MB of it, an H100 50 MB.
+L2_BYTES = 32 << 20
 
 
 def attention(part, head_size, dtype, arch):
@@ -92,22 +94,24 @@ def attention_heads_together(T, head_size, dtype):
 # ---- rows and columns ------------------------------------------------------------------------------------------------
 
 AFFINE_TILE = 2048  # elements a program: 8 a thread, which is 16 bytes of 16-bit storage
-AFFINE_WARPS = 8  # 4 spill a register in the backward of mixed types
+AFFINE_WARPS = 8  # with 4, the backward of mixed types spills a register
 
 NORM_WIDTH = 8192  # the widest row that one program of layer_norm holds in registers
-PROGRAMS = 528  # of kernels that add up columns: 4 on each of 132 processors; the sums do not depend on the GPU at hand
+# Programs of a kernel that adds up columns: 4 for each of the 132 processors of an H100. The number is the same on
+# every GPU, so that the sums do not depend on the GPU at hand.
+PROGRAMS = 528
 
 
 def layer_norm(C):
-    """Whole rows of C numbers a program: 8 numbers a thread, which is 16 bytes of 16-bit storage, 16 in long rows."""
+    """Whole rows of C numbers a program: 8 numbers a thread, 16 bytes of 16-bit storage, or 16 numbers in long rows."""
     columns = triton.next_power_of_2(C)
-    return Rows(max(1, 1024 // columns), columns, min(max(columns // 512, 4), 16))
+    return Rows(rows=max(1, 1024 // columns), columns=columns, num_warps=min(max(columns // 512, 4), 16))
 
 
 def bias(N):
-    """Tiles of rows of N numbers: wide enough for 16-byte loads, several rows where N is small."""
+    """Tiles of rows of N numbers: wide enough for 16-byte loads, and several rows high where N is small."""
     columns = min(triton.next_power_of_2(N), 512)
-    return Rows(2048 // columns, columns, 4)
+    return Rows(rows=2048 // columns, columns=columns, num_warps=4)
 
 
-COLUMN_SUMS = Rows(32, 64, 4)  # 64 columns a program: even 768 of them keep 12 programs busy
+COLUMN_SUMS = Rows(rows=32, columns=64, num_warps=4)  # 64 columns a program: even rows of 768 keep 12 programs busy

@@ -1,27 +1,28 @@
-"""Launch configurations of the sampling step's kernels, chosen by shape alone: no measuring, at import or later, so
-that the same call gives the same bits. M = R W queries.
+"""Launch configurations of the sampling step's kernels, chosen by shape alone. M = R W queries.
 
-Few queries: the time is that of reading weights and cache, so tiles are narrow until there are programs enough to keep
-every memory channel busy. Many: the weights' side of a tile is 64, which is a wgmma on sm_90.
+Nothing is measured, at import or later, so the same call gives the same bits.
 
-What depends on the number of rows, and with it the order of sums and the last bits of a result:
+With few queries the time is that of reading weights and cache. So tiles are narrow until there are enough programs to
+keep every memory channel busy. With many queries the weights' side of a tile is 64, which is a wgmma on sm_90.
+
+The number of rows decides the following, and with it the order of sums and the last bits of a result:
 
     embed, tail        nothing: rows only decide how many programs there are
-    linear             M <= FEW: one configuration for all; above it BLOCK_N and BLOCK_K change, LayerNorm is a kernel
-                       of its own, and SPLITS falls as ceil(M / BLOCK_M) grows
+    linear             up to M = FEW one configuration serves all. Above it BLOCK_OUT and BLOCK_IN change, LayerNorm is
+                       a kernel of its own, and SPLITS falls as ceil(M / BLOCK_M) grows
     attention          SPLITS falls as R H grows, and is 1 from PROGRAMS programs on
 
-One split count for all would cost either the memory channels of one image or the traffic of partial sums of many. So
-every launch function takes the number of rows to be tuned for: whoever solves a batch in parts passes that of the
-whole batch, and has its bits (tests/test_step_bits.py).
+One number of splits for all would leave memory channels idle where there is one image, or move many partial sums where
+there are many. So every launch function takes the number of rows (or queries) to be tuned for. A caller that solves a
+batch in parts passes the number of the whole batch, and gets its bits (tests/test_step_bits.py).
 """
 
 import torch
 import triton
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200; an A100 has 108
-FEW = 16  # up to so many queries LayerNorm is cheaper inside every program of the next layer than as a kernel
-MAX_SPLITS = {"linear": 8, "attention": 16}  # the last program of a tile adds so many parts up
+FEW = 16  # up to so many queries LayerNorm is cheaper in every program of the next layer than as a kernel of its own
+MAX_SPLITS = {"linear": 8, "attention": 16}  # the last program of a tile adds up so many parts at most
 
 
 def _divisor(size, limit):
@@ -33,40 +34,42 @@ def _queries(M):
     return min(max(triton.next_power_of_2(M), 16), 64)
 
 
-def linear(M, N, K, dtype, norm):
-    """Tiles of a linear layer, and whether it normalizes its input itself."""
+def linear(*, M, outputs, inputs, dtype, norm):
+    """Tiles of a linear layer of M queries, and whether it normalizes its input itself."""
     few, wide = M <= FEW, dtype == torch.float32
-    # fp32 has no tensor core path of full precision: its operands sit in registers, so its tiles are smaller
-    block_n = min(16 if few else 32 if wide else 64, triton.next_power_of_2(N))
+    # Tensor cores do not multiply fp32 in full precision. Its operands sit in registers, so its tiles are smaller.
+    block_out = min(16 if few else 32 if wide else 64, triton.next_power_of_2(outputs))
     block_m = min(_queries(M), 32 if wide else 64)
-    block_k = _divisor(K, (64 if few else 32) if wide else (256 if few else 64))
-    programs = triton.cdiv(N, block_n) * triton.cdiv(M, block_m)
-    splits = min(MAX_SPLITS["linear"], triton.cdiv(PROGRAMS, programs), K // block_k)
-    splits = triton.cdiv(K // block_k, triton.cdiv(K // block_k, splits))  # none without work
+    block_in = _divisor(inputs, (64 if few else 32) if wide else (256 if few else 64))
+    programs = triton.cdiv(outputs, block_out) * triton.cdiv(M, block_m)
+    splits = min(MAX_SPLITS["linear"], triton.cdiv(PROGRAMS, programs), inputs // block_in)
+    splits = triton.cdiv(inputs // block_in, triton.cdiv(inputs // block_in, splits))  # no split is left without work
     return {
         "NORM": norm and few,
         "SPLITS": splits,
-        "BLOCK_N": block_n,
+        "BLOCK_OUT": block_out,
         "BLOCK_M": block_m,
-        "BLOCK_K": block_k,
-        # the tile that LayerNorm runs over, 256 x 16, is more than 4 warps hold on sm_80
+        "BLOCK_IN": block_in,
+        # LayerNorm runs over a tile of 256 x 16, which is more than 4 warps hold on sm_80.
         "num_warps": 8 if norm and few and not wide else 4,
         "num_stages": 3,
     }
 
 
 def normalize(C):
+    """Settings of LayerNorm as a kernel of its own, over rows of C numbers."""
     return {"BLOCK": triton.next_power_of_2(C), "num_warps": 4}
 
 
-def embed(M, C, D, dtype):
+def embed(*, M, C, D, dtype):
+    """Tiles of the head of a step."""
     block_m = min(_queries(M), 32 if dtype == torch.float32 else 64)
-    block_k = min(max(triton.next_power_of_2(D), 16), 64)
-    return {"BLOCK_N": min(32, triton.next_power_of_2(C)), "BLOCK_M": block_m, "BLOCK_K": block_k}
+    block_in = min(max(triton.next_power_of_2(D), 16), 64)
+    return {"BLOCK_OUT": min(32, triton.next_power_of_2(C)), "BLOCK_M": block_m, "BLOCK_IN": block_in}
 
 
-def attention(R, H, T, W, dtype):
-    """Tiles of cached attention; keys are split where rows and heads alone cannot fill the machine."""
+def attention(*, R, W, H, T, dtype):
+    """Tiles of cached attention. Keys are split where rows and heads alone cannot fill the machine."""
     block_w = 1 if W == 1 else min(max(triton.next_power_of_2(W), 16), 64)
     block_t = 32 if dtype == torch.float32 and W > 1 else 64
     programs = R * H * triton.cdiv(W, block_w)
@@ -82,10 +85,11 @@ def attention(R, H, T, W, dtype):
 
 
 def tail(C, dtype):
+    """Tiles of the tail of a step. They are small, because D is 12 to 192 and nothing else runs meanwhile."""
     return {
-        "BLOCK_D": 16,  # small tiles: D is 12 to 192, and nothing else runs meanwhile
+        "BLOCK_OUT": 16,
         "BLOCK_M": 16,
-        "BLOCK_K": _divisor(C, 64 if dtype == torch.float32 else 128),
+        "BLOCK_IN": _divisor(C, 64 if dtype == torch.float32 else 128),
         "num_warps": 4,
         "num_stages": 3,
     }
@@ -93,30 +97,30 @@ def tail(C, dtype):
 
 def tail_tiles(C, D, dtype):
     """How many programs share the sum over D of one token."""
-    return triton.cdiv(D, tail(C, dtype)["BLOCK_D"])
+    return triton.cdiv(D, tail(C, dtype)["BLOCK_OUT"])
 
 
-def scratch(R, W, C, hidden, H, T, E, dtype, tuned_for=None):
+def scratch(*, R, W, C, hidden, H, T, E, dtype, tuned_rows=None):
     """Sizes of what the kernels of a step share: {name: (shape, "fp32" | "int32" | "storage")}.
 
-    R: rows; tuned_for: rows whose configurations are launched, R by default.
+    tuned_rows: number of rows whose configurations are launched; R by default.
     """
     R = max(R, 1)
-    M, tuned_for = R * W, max(tuned_for or R, 1)
+    M, tuned_rows = R * W, max(tuned_rows or R, 1)
     layers = [(3 * C, C), (C, C), (hidden, C), (C, hidden)]
     partials, tiles = 0, 1
-    for N, K in layers:
-        config = linear(tuned_for * W, N, K, dtype, False)
+    for outputs, inputs in layers:
+        config = linear(M=tuned_rows * W, outputs=outputs, inputs=inputs, dtype=dtype, norm=False)
         if config["SPLITS"] > 1:
-            partials = max(partials, config["SPLITS"] * M * N)
-            tiles = max(tiles, triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(M, config["BLOCK_M"]))
-    config = attention(tuned_for, H, T, W, dtype)
+            partials = max(partials, config["SPLITS"] * M * outputs)
+            tiles = max(tiles, triton.cdiv(outputs, config["BLOCK_OUT"]) * triton.cdiv(M, config["BLOCK_M"]))
+    config = attention(R=tuned_rows, W=W, H=H, T=T, dtype=dtype)
     sums = 0
     if config["SPLITS"] > 1:
         partials = max(partials, config["SPLITS"] * M * H * E)
         sums = config["SPLITS"] * M * H * 2
         tiles = max(tiles, R * H * triton.cdiv(W, config["BLOCK_W"]))
-    normalized = 1 if tuned_for * W <= FEW else M * C
+    normalized = 1 if tuned_rows * W <= FEW else M * C
     return {
         "partials": (max(partials, 1), "fp32"),
         "sums": (max(sums, 1), "fp32"),

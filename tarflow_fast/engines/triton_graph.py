@@ -85,7 +85,9 @@ class GraphWorkspace:
         kinds = {"fp32": torch.float32, "int32": torch.int32, "storage": dtype}
         self.scratch = {
             name: empty(size, dtype=kinds[kind])
-            for name, (size, kind) in tuning_step.scratch(R, self.W, C, hidden, H, T, E, dtype, self.tuned_rows).items()
+            for name, (size, kind) in tuning_step.scratch(
+                R=R, W=self.W, C=C, hidden=hidden, H=H, T=T, E=E, dtype=dtype, tuned_rows=self.tuned_rows
+            ).items()
         }
         self.pos_embed = empty(T, C)
         # Matrices in the storage type; vectors, which cost nothing, in float32.
@@ -161,13 +163,13 @@ class GraphWorkspace:
         from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
         from tarflow_fast.kernels.triton.cached_attention import cached_attention
         from tarflow_fast.kernels.triton.step_embed import embed
-        from tarflow_fast.kernels.triton.step_linear import linear
+        from tarflow_fast.kernels.triton.step_linear import Append, Norm, linear
 
         w, W, h, scratch, rows = self.weights, self.W, self.h, self.scratch, self.tuned_rows
         tuned = rows * W
         embed(
-            self.x, w["proj_in.weight"], w["proj_in.bias"], self.pos_embed, self.classes, h, self.starts, self.order,
-            W, tuned,
+            x=self.x, weight=w["proj_in.weight"], bias=w["proj_in.bias"], pos_embed=self.pos_embed,
+            classes=self.classes, h=h, starts=self.starts, order=self.order, W=W, tuned_queries=tuned,
         )  # fmt: skip
         for number, (eps1, eps2) in enumerate(self.eps):
             layer, cache = f"attn_blocks.{number}.", self.cache[number]
@@ -175,16 +177,20 @@ class GraphWorkspace:
             def pair(name: str, layer: str = layer) -> tuple[Tensor, Tensor]:
                 return w[f"{layer}{name}.weight"], w[f"{layer}{name}.bias"]
 
-            norm1, norm2 = (*pair("attention.norm"), eps1), (*pair("mlp.norm"), eps2)
-            append = cache, self.starts, W
-            linear(h, *pair("attention.qkv"), self.queries, scratch, "append", norm1, append, tuned)
-            cached_attention(self.queries, cache, self.scale, self.starts, self.heads, scratch, W, rows)
-            linear(self.heads, *pair("attention.proj"), h, scratch, "residual", tuned_for=tuned)
-            linear(h, *pair("mlp.main.0"), self.hidden, scratch, "gelu", norm2, tuned_for=tuned)
-            linear(self.hidden, *pair("mlp.main.2"), h, scratch, "residual", tuned_for=tuned)
+            norm1, norm2 = Norm(*pair("attention.norm"), eps1), Norm(*pair("mlp.norm"), eps2)
+            common = {"scratch": scratch, "tuned_queries": tuned}
+            append = Append(cache, self.starts, W)
+            linear(h, *pair("attention.qkv"), out=self.queries, epilogue="append", norm=norm1, append=append, **common)
+            cached_attention(
+                self.queries, cache, scale=self.scale, starts=self.starts, out=self.heads, scratch=scratch, W=W,
+                tuned_rows=rows,
+            )  # fmt: skip
+            linear(self.heads, *pair("attention.proj"), out=h, epilogue="residual", **common)
+            linear(h, *pair("mlp.main.0"), out=self.hidden, epilogue="gelu", norm=norm2, **common)
+            linear(self.hidden, *pair("mlp.main.2"), out=h, epilogue="residual", **common)
         affine_inverse(
-            h, w["proj_out.weight"], w["proj_out.bias"], self.z, self.x, self.sums, self.starts, self.order,
-            self.guidance, W, self.guided,
+            h=h, weight=w["proj_out.weight"], bias=w["proj_out.bias"], z=self.z, x=self.x, sums=self.sums,
+            starts=self.starts, order=self.order, guidance=self.guidance, W=W, guided=self.guided,
         )  # fmt: skip
 
     def prepare(self) -> None:

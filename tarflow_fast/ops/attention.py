@@ -101,7 +101,7 @@ def _forward_triton(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     from tarflow_fast.kernels.triton.attention import attention_forward
 
     out, lse = _empty(query)
-    attention_forward(*_readable(query, key, value), out, lse, temperature)
+    attention_forward(*_readable(query, key, value), out=out, lse=lse, temperature=temperature)
     return out, lse
 
 
@@ -114,10 +114,12 @@ def _backward_triton(
     lse: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    from tarflow_fast.kernels.triton.attention import attention_backward
+    from tarflow_fast.kernels.triton.attention_backward import attention_backward
 
     dqkv = _empty_gradient(query)
-    attention_backward(dout.contiguous(), *_readable(query, key, value), out, lse, dqkv, temperature)
+    attention_backward(
+        *_readable(query, key, value), dout=dout.contiguous(), out=out, lse=lse, dqkv=dqkv, temperature=temperature
+    )
     return dqkv
 
 
