@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from operator import index
 from typing import Any
 
+from tarflow_fast.files import few
 from tarflow_fast.net import HEAD_SIZE, Order
 from tarflow_fast.validate import check_positive_int
 
@@ -62,10 +65,10 @@ class FlowConfig:
         checked = []
         for number, order in enumerate(orders):
             try:
-                checked.append(tuple(Order(T, places=order).places))
+                checked.append(tuple(Order(T, places=iter(order)).places))
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{where}: orders[{number}] must be a permutation of range({T}), got {order!r}"
+                    f"{where}: orders[{number}] must be a permutation of range({T}), got {_told(order, T)}"
                 ) from error
         return tuple(checked)
 
@@ -73,6 +76,17 @@ class FlowConfig:
         """As `TokenFlow(**...)` takes it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return values | {"orders": None if self.orders is None else [list(order) for order in self.orders]}
+
+
+def _told(order: Any, T: int) -> str:
+    """What is wrong with an order, without all of its T numbers."""
+    try:
+        count, lacking = len(order), sorted(set(range(T)) - {index(place) for place in order})
+    except TypeError:
+        return reprlib.repr(order)
+    if count != T:
+        return f"{count} numbers"
+    return f"one without {few(lacking)}" if lacking else reprlib.repr(order)
 
 
 @dataclass(frozen=True)

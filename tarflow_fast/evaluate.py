@@ -1,16 +1,22 @@
-"""How well a flow knows a set of images: bits per dimension, beside the plainest model there is."""
+"""How well a flow knows data: bits per dimension of images, beside the plainest model there is; nats of tokens."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 
 from tarflow_fast.data import ImageFiles, ImageSet, generator
+from tarflow_fast.files import few
+from tarflow_fast.validate import check_positive_int
 
 if TYPE_CHECKING:
+    from tarflow_fast.flow import TokenFlow
     from tarflow_fast.model import TarFlow
 
 _INDEX_BYTES = 1 << 24
@@ -97,3 +103,91 @@ def _counts(images: torch.Tensor, levels: int) -> torch.Tensor:
     for part in images.flatten(1).split(max(1, _INDEX_BYTES // (8 * pixels))):
         counts.scatter_add_(1, part.T.long(), torch.ones((), dtype=torch.int64).expand(pixels, len(part)))
     return counts
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """nats: (N,) float64, log p(x) of each row, of `dims` numbers.  mean and its standard error over the rows."""
+
+    nats: torch.Tensor
+    dims: int
+
+    @property
+    def mean(self) -> float:
+        return self.nats.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        return (self.nats.std() / math.sqrt(len(self.nats))).item() if len(self.nats) > 1 else math.nan
+
+    @property
+    def per_dim(self) -> float:
+        return self.mean / self.dims
+
+    @property
+    def bad(self) -> list[int]:
+        """The rows whose log p is not finite; the mean is not either then."""
+        return (~self.nats.isfinite()).nonzero().flatten().tolist()
+
+
+def load_tokens(path: str | Path, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """x (N, *shape) of a .npy file, or x and, where there are any, labels y (N,) of a .npz file; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another or a damaged file, no array x, an array of another shape or of no numbers, no row, a number
+            that is not finite.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in (".npz", ".npy"):
+        raise ValueError(f"load_tokens: the data of a flow over tokens must be a .npz or .npy file, got {str(path)!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"load_tokens: path must be a file, got {path}")
+    try:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            content = {"x": content}
+        names = list(content)
+        arrays = {name: content[name] for name in ("x", "y") if name in names}
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise ValueError(f"load_tokens: {path} is not a whole file of numbers: {error}") from error
+    if "x" not in arrays:
+        raise ValueError(f"load_tokens: {path} must hold an array x, got {few(names) or 'none'}")
+    x, y = arrays["x"], arrays.get("y")
+    if x.ndim != 3 or x.shape[1:] != tuple(shape):
+        raise ValueError(f"load_tokens: x must have shape (N, {shape[0]}, {shape[1]}), got {x.shape}")
+    if x.dtype.kind not in "fiu":
+        raise ValueError(f"load_tokens: x must hold real numbers, got {x.dtype}")
+    if len(x) == 0:
+        raise ValueError("load_tokens: x must hold at least one row, got 0")
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))
+    if bad.size:
+        raise ValueError(f"load_tokens: x must be finite, got {bad.size} rows that are not, the first is row {bad[0]}")
+    if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
+        raise ValueError(f"load_tokens: y must hold {len(x)} integers, one label a row, got {y.dtype} {y.shape}")
+    return x, y
+
+
+@torch.no_grad()
+def evaluate_tokens(
+    model: TokenFlow, x: np.ndarray, y: np.ndarray | None = None, *, batch_size: int = 64, progress: bool = False
+) -> LogLikelihood:
+    """`model.log_prob` of tokens x (N, T, D) and labels y (N,), `batch_size` rows at a time, in the model's dtype.
+
+    Raises:
+        ValueError: no row; a batch_size below 1; otherwise as `log_prob`.
+    """
+    from tqdm import tqdm
+
+    check_positive_int("evaluate_tokens", "batch_size", batch_size)
+    if len(x) == 0:
+        raise ValueError("evaluate_tokens: x must hold at least one row, got 0")
+    parts = []
+    with tqdm(total=len(x), unit="row", desc="log-likelihood", disable=not progress) as bar:
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
+            part = torch.tensor(x[rows].astype(np.float64)).to(model.var)
+            labels = None if y is None else torch.tensor(y[rows].astype(np.int64), device=part.device)
+            parts.append(model.log_prob(part, labels).double().cpu())
+            bar.update(len(part))
+    return LogLikelihood(torch.cat(parts), model.num_tokens * model.token_size)

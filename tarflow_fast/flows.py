@@ -1,4 +1,4 @@
-"""Finding a flow by name: the shipped digits, a folder of `save_pretrained`, or a checkpoint file of the original."""
+"""Finding a flow by name: the shipped digits, a folder of `save_pretrained`, or a checkpoint file of others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from tarflow_fast.model import TarFlow
+    from tarflow_fast.flow import TokenFlow
 
 SHIPPED = {"digits": Path(__file__).parent / "assets" / "digits"}
 
@@ -21,26 +21,40 @@ def open_flow(
     device: Any = None,
     in_channels: int | None = None,
     img_size: int | tuple[int, int] | None = None,
-) -> tuple[TarFlow, dict[str, Any]]:
-    """(flow in eval mode, its training record or {}).
+    head_size: int | None = None,
+    key: str | None = None,
+) -> tuple[TokenFlow, dict[str, Any]]:
+    """(flow in eval mode, a `TarFlow` where it is one over images, its training record or {}).
 
     name: "digits"; a folder with config.json and model.safetensors (or a run's folder, with model/ in it); or a .pth,
-    .pt or .safetensors file of the original's state_dict, whose shapes leave in_channels (default 3) and img_size open.
+    .ckpt, .pt or .safetensors file of a state_dict. Its shapes leave in_channels (default 3) and img_size open, if it
+    is the original's, and head_size (default 64), if it is a flow over tokens: one without `var`, or with a Dropout in
+    its MLPs. key: the part of the file that is the flow, where it holds more than one.
     dtype: None means float32, whatever the file holds.  Raises FileNotFoundError, ValueError as the loaders do.
     """
     import torch
 
-    from tarflow_fast.checkpoint import CONFIG, RUN
+    from tarflow_fast.checkpoint import is_token_file, read_config
+    from tarflow_fast.files import load_tensors
+    from tarflow_fast.flow import TokenFlow
     from tarflow_fast.model import TarFlow
 
     dtype = torch.float32 if dtype is None else dtype
     path = Path(SHIPPED.get(str(name), name)).expanduser()
-    if (path / RUN / CONFIG).is_file():
-        path = path / RUN
     if path.is_file():
+        tensors = load_tensors(path, key)
+        over_tokens = is_token_file(tensors)
+        asked = {"in_channels": in_channels, "img_size": img_size} if over_tokens else {"head_size": head_size}
+        for argument, value in asked.items():
+            if value is not None:
+                kinds = ("tokens", "images") if over_tokens else ("images", "tokens")
+                raise ValueError(f"open_flow: {argument} is of flows over {kinds[1]}, {path} holds one over {kinds[0]}")
+        if over_tokens:
+            return TokenFlow._from_tensors(tensors, head_size, None, dtype, device), {}
         channels = 3 if in_channels is None else in_channels
-        return TarFlow.from_checkpoint(path, channels, img_size, dtype=dtype, device=device), {}
-    model = TarFlow.from_pretrained(path, dtype=dtype, device=device)
+        return TarFlow._from_tensors(tensors, channels, img_size, dtype, device), {}
+    path, kind, _ = read_config(path)
+    model = (TokenFlow if kind == TokenFlow._model_type else TarFlow).from_pretrained(path, dtype=dtype, device=device)
     record = path / "train.json"
     if not record.is_file():
         return model, {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tarflow_fast.checkpoint import ImageCheckpointMixin
 from tarflow_fast.config import TarFlowConfig
 from tarflow_fast.flow import TokenFlow
 from tarflow_fast.solvers.nonfinite import NonFinite
@@ -14,7 +15,7 @@ from tarflow_fast.validate import check_labels, check_tensor
 __all__ = ["Model", "TarFlow"]
 
 
-class TarFlow(TokenFlow):
+class TarFlow(ImageCheckpointMixin, TokenFlow):
     """A stack of autoregressive transformer flows on image patches (TarFlow, arXiv 2412.06329).
 
     K flow blocks map image tokens x to noise z; odd blocks see the tokens in reverse order; the prior is N(0, var).

@@ -15,8 +15,12 @@ def random_flow(seed=0, dtype=torch.float32, kind=TarFlow, scale=0.05, **config)
         "num_blocks": 2,
         "layers_per_block": 1,
     } | config
+    return draw_parameters(kind(**config), seed, scale).to(dtype).eval()
+
+
+def draw_parameters(model, seed=0, scale=0.05):
+    """The model with every parameter, and the prior's variance, drawn."""
     generator = torch.Generator().manual_seed(seed)
-    model = kind(**config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
@@ -29,7 +33,7 @@ def random_flow(seed=0, dtype=torch.float32, kind=TarFlow, scale=0.05, **config)
             else:
                 parameter.copy_(0.2 * draw)
         model.var.copy_(torch.rand(model.var.shape, generator=generator) + 0.5)
-    return model.to(dtype).eval()
+    return model
 
 
 def twin(model, dtype=torch.float64):

@@ -241,7 +241,7 @@ def test_verify_exits_with_what_it_found(capsys, monkeypatch, ok, code):
             "(a Hub id needs: pip install 'tarflow-fast[hub]')\n",
         ),
         (["sample", "--n", "0"], "error: sample: n must be >= 1, got 0\n"),
-        (["sample", "--save", "x.txt"], "error: sample: save must end in .npy or .safetensors, got x.txt\n"),
+        (["sample", "--save", "x.txt"], "error: sample: save must end in .npz, .npy or .safetensors, got x.txt\n"),
         (
             ["sample", "--model", "{flow}", "--labels", "3", "10"],
             "error: sample: y must be below num_classes = 10 (negative: no label), got 10\n",

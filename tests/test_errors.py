@@ -8,13 +8,15 @@ import pytest
 import torch
 from flows import random_flow, random_images, random_noise
 from safetensors.torch import save_file
+from tokens import draw_rows, random_tokens_flow
 
-from tarflow_fast import TarFlow
+from tarflow_fast import TarFlow, TokenFlow
 from tarflow_fast.files import load_tensors
 
 MODEL = random_flow(num_classes=3)
 PLAIN = random_flow()
 X, Z, Y = random_images(MODEL), random_noise(MODEL), torch.tensor([0, 1])
+TOKENS, ROWS = random_tokens_flow(), draw_rows(2, 5, 3)  # T 5, D 3
 PIXELS = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
 
 WITHOUT_GPU = "it needs GPU tensors, or TRITON_INTERPRET=1 for CPU tensors, got cpu"
@@ -156,6 +158,78 @@ CALLS = [
         lambda: PLAIN.sample(2, 0),
         ValueError,
         "sample: y must be None for an unconditional flow (num_classes = 0), got labels",
+    ),
+    # flows over tokens
+    (lambda: TokenFlow(0, 3, 64, 2, 1), ValueError, "TokenFlow: num_tokens must be >= 1, got 0"),
+    (lambda: TokenFlow(5, 3.0, 64, 2, 1), TypeError, "TokenFlow: token_size must be an int, got float"),
+    (lambda: TokenFlow(5, 3, 96, 2, 1), ValueError, "TokenFlow: channels must be a multiple of 64, got 96"),
+    (
+        lambda: TokenFlow(5, 3, 96, 2, 1, head_size=36),
+        ValueError,
+        "TokenFlow: channels must be a multiple of 36, got 96",
+    ),
+    (lambda: TokenFlow(5, 3, 64, 2, 1, expansion=0), ValueError, "TokenFlow: expansion must be >= 1, got 0"),
+    *(
+        (
+            lambda orders=orders: TokenFlow(3, 3, 64, 2, 1, orders=orders),
+            ValueError,
+            f"TokenFlow: orders[{at}] must be a permutation of range(3), got {got}",
+        )
+        for orders, at, got in (
+            ([[0, 1, 2], [0, 1, 1]], 1, "one without 2"),
+            ([[1, 2, 3], [0, 1, 2]], 0, "one without 0"),
+            ([[0, 1, 2], [0, 1]], 1, "2 numbers"),
+            ([[0, 1, 2], [0, 1, 2.0]], 1, "[0, 1, 2.0]"),
+            ([[0, 1, 2], None], 1, "None"),
+            ([[0, True, 2], [0, 1, 2]], 0, "[0, True, 2]"),
+            (torch.tensor([[0, 1, 2], [2, 1, -1]]), 1, "one without 0"),
+        )
+    ),
+    (
+        lambda: TokenFlow(3, 3, 64, 2, 1, orders=[[0, 1, 2]]),
+        ValueError,
+        "TokenFlow: orders must be num_blocks = 2 permutations of range(3), got 1",
+    ),
+    (
+        lambda: TokenFlow(3, 3, 64, 2, 1, orders=7),
+        ValueError,
+        "TokenFlow: orders must be num_blocks = 2 permutations of range(3), got int",
+    ),
+    (lambda: TOKENS(ROWS[:, 1:]), ValueError, "forward: x must have shape (B, 5, 3), got (2, 4, 3)"),
+    (lambda: TOKENS(ROWS.mT), ValueError, "forward: x must have shape (B, 5, 3), got (2, 3, 5)"),
+    (lambda: TOKENS.log_prob(ROWS[0]), ValueError, "log_prob: x must have shape (B, 5, 3), got (5, 3)"),
+    (lambda: TOKENS.inverse(ROWS[..., :2]), ValueError, "inverse: z must have shape (B, 5, 3), got (2, 5, 2)"),
+    (lambda: TOKENS.inverse(ROWS.flatten(1)), ValueError, "inverse: z must have shape (B, 5, 3), got (2, 15)"),
+    (lambda: TOKENS.inverse(ROWS.numpy()), TypeError, "inverse: z must be a torch.Tensor, got ndarray"),
+    (
+        lambda: TOKENS.inverse(ROWS.half()),
+        TypeError,
+        "inverse: z must have the model's dtype torch.float32, got torch.float16",
+    ),
+    (lambda: TOKENS.inverse(ROWS, guidance=-1), ValueError, "inverse: guidance must be finite and >= 0, got -1"),
+    (
+        lambda: TOKENS.inverse(ROWS, nonfinite="drop"),
+        ValueError,
+        "inverse: nonfinite must be one of warn, raise, ignore, got 'drop'",
+    ),
+    (lambda: TOKENS.inverse(ROWS, memory_limit=0), ValueError, "inverse: memory_limit must be >= 1, got 0"),
+    (lambda: TOKENS.sample_and_log_prob(0), ValueError, "sample_and_log_prob: n must be >= 1, got 0"),
+    (lambda: TOKENS.sample_and_log_prob(-4), ValueError, "sample_and_log_prob: n must be >= 1, got -4"),
+    (lambda: TOKENS.sample_and_log_prob(1e6), TypeError, "sample_and_log_prob: n must be an int, got float"),
+    (
+        lambda: TOKENS.sample_and_log_prob(2, batch_size=0),
+        ValueError,
+        "sample_and_log_prob: batch_size must be >= 1, got 0",
+    ),
+    (
+        lambda: TOKENS.sample_and_log_prob(2, 1),
+        ValueError,
+        "sample_and_log_prob: y must be None for an unconditional flow (num_classes = 0), got labels",
+    ),
+    (
+        lambda: TOKENS.sample_and_log_prob(2, seed=1, generator=torch.Generator()),
+        ValueError,
+        "sample_and_log_prob: pass seed or generator, got both",
     ),
     # likelihood
     (

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tarflow_fast import ReferenceTarFlow, TarFlow
 
 FOLDER = Path(__file__).parent / "goldens"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors") if path.stem != "molecule_tokens")
 KINDS = {"reference": ReferenceTarFlow, "tarflow": TarFlow}
 
 

@@ -11,15 +11,16 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from tarflow_fast.cli.sample import Sample
 from tarflow_fast.training.config import TrainConfig, from_file
 
 if TYPE_CHECKING:
-    import torch
+    from tarflow_fast.flow import TokenFlow
 
 
 @dataclass(frozen=True)
@@ -46,112 +47,13 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Draws images from a flow and writes them as one PNG grid."""
-
-    model: str = "digits"
-    """digits (the shipped flow), a folder (config.json, model.safetensors), or the original's checkpoint (.pth)."""
-    out: Path = Path("samples.png")
-    """The picture."""
-    save: Path | None = None
-    """Also writes the images as numbers in [-1, 1], (n, C, H, W): a .npy or .safetensors file."""
-    n: int = 100
-    """How many images."""
-    labels: Annotated[tuple[int, ...], arg(aliases=["--class", "--label"])] = ()
-    """Classes to draw, in equal shares; -1 draws without a class. Left out: every class the flow knows."""
-    guidance: Annotated[float, arg(aliases=["--cfg"])] = 0.0
-    """How strongly the class is insisted on (or, without classes, how strongly attn_temp acts)."""
-    guide_what: Literal["a", "b", "ab"] = "ab"
-    """What guidance acts on: log-scale, shift, or both."""
-    attn_temp: float = 1.0
-    """Temperature of the attention in the unguided pass."""
-    annealed_guidance: bool = False
-    """Guidance grows along the tokens."""
-    denoise: bool = True
-    """Takes off the noise the flow was trained with, where that noise is known."""
-    noise_std: float | None = None
-    """That noise's standard deviation; left out: from the flow's train.json."""
-    seed: int = 0
-    """Of the noise; the same images on every device."""
-    batch_size: int | None = None
-    """Images drawn together; left out: all."""
-    nrow: int | None = None
-    """Images in a row of the picture; left out: a row a class, or a square."""
-    scale: int | None = None
-    """Screen pixels a pixel; left out: at least 40 an image."""
-    precision: Literal["fp32", "bf16", "int8"] | None = None
-    """What the engine computes the samples in (int8: on CPUs); left out: that of dtype."""
-    nonfinite: Literal["warn", "raise", "ignore"] = "warn"
-    """What to do when an image overflows."""
-    backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
-    """Which kernels."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda, cuda:1, ..."""
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
-    """Of the weights and the computation."""
-    in_channels: Annotated[int | None, arg(aliases=["--channel_size"])] = None
-    """Of a checkpoint file's images, which its shapes do not tell: 3, or this."""
-    img_size: tuple[int, int] | None = None
-    """Height and width of a checkpoint file's images, where they are not square."""
-
-    def run(self) -> int:
-        import math
-
-        import torch
-
-        from tarflow_fast.data.images import save_grid
-        from tarflow_fast.flows import open_flow, training_noise
-        from tarflow_fast.validate import check_positive_int, find_device
-
-        for name in ("n", "nrow", "scale"):
-            if getattr(self, name) is not None:
-                check_positive_int("sample", name, getattr(self, name))
-        for path in (self.out, self.save):
-            if path is not None and path.is_dir():
-                raise ValueError(f"sample: {path} is a folder, name a file in it")
-        if self.out.suffix not in ("", ".png"):
-            raise ValueError(f"sample: out must end in .png, got {self.out}")
-        if self.save is not None and self.save.suffix not in (".npy", ".safetensors"):
-            raise ValueError(f"sample: save must end in .npy or .safetensors, got {self.save}")
-        device = find_device("sample", self.device)
-        model, record = open_flow(
-            self.model, dtype=getattr(torch, self.dtype), device=device,
-            in_channels=self.in_channels, img_size=self.img_size,
-        )  # fmt: skip
-        model.backend = self.backend
-        noise_std = training_noise(record) if self.noise_std is None else self.noise_std
-        y, rows = None, None
-        if self.labels or model.num_classes:
-            labels = torch.tensor(self.labels or range(model.num_classes))
-            y = labels[torch.arange(self.n) * len(labels) // self.n].to(device)
-            rows = self.n // len(labels) if self.n % len(labels) == 0 else None
-        x = model.sample(
-            self.n, y, guidance=self.guidance, guide_what=self.guide_what, attn_temp=self.attn_temp,
-            annealed_guidance=self.annealed_guidance, seed=self.seed, batch_size=self.batch_size,
-            progress=sys.stderr.isatty(), nonfinite=self.nonfinite, precision=self.precision,
-        )  # fmt: skip
-        if noise_std and self.denoise:
-            x = model.denoise(x, y, noise_std=noise_std, batch_size=self.batch_size, nonfinite=self.nonfinite)
-        nrow = self.nrow or (rows if rows and rows <= 32 else math.ceil(math.sqrt(self.n)))
-        scale = self.scale or max(1, math.ceil(40 / x.shape[-1]))
-        if self.save is not None:
-            _save_numbers(x, self.save)
-        save_grid(x, self.out, nrow=nrow, scale=scale)
-        done = f"denoised (sigma {noise_std:g})" if noise_std and self.denoise else "not denoised"
-        print(f"{self.out}: {self.n} images {x.shape[-2]}x{x.shape[-1]}, {nrow} in a row, {done}")
-        if self.save is not None:
-            print(f"{self.save}: {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}")
-        return 0
-
-
-@dataclass(frozen=True)
 class Evaluate:
-    """Measures a flow's bits per dimension on a set of images (uniform dequantisation)."""
+    """Measures a flow on data: bits per dimension of images (uniform dequantisation), log-likelihood of tokens."""
 
     model: str = "digits"
-    """digits (the shipped flow), a folder, or the original's checkpoint file."""
+    """digits (the shipped flow), a folder, or a checkpoint file."""
     dataset: str = "digits"
-    """digits, or a folder of images."""
+    """digits, or a folder of images; of tokens a .npy file, or a .npz file with x (N, T, D) and, if any, labels y."""
     holdout: float = 0.0
     """Measures on this share of the images only, the one that `train --holdout` keeps away from training."""
     unconditional: bool = False
@@ -159,7 +61,7 @@ class Evaluate:
     n_draws: int = 1
     """Dequantisation draws an image."""
     batch_size: int = 64
-    """Images together."""
+    """Rows together."""
     seed: int = 0
     """Of the draws."""
     device: str = "auto"
@@ -168,15 +70,26 @@ class Evaluate:
     """Of a checkpoint file's images: 3, or this."""
     img_size: tuple[int, int] | None = None
     """Height and width of a checkpoint file's images, where they are not square."""
+    head_size: int | None = None
+    """Of a checkpoint file over tokens, which its shapes do not tell: 64, or this."""
+    key: str | None = None
+    """The part of a checkpoint file that is the flow, where it holds several ("state_dict", "ema")."""
 
     def run(self) -> int:
         from tarflow_fast.data import ImageFiles, load_dataset
         from tarflow_fast.evaluate import evaluate, histogram_bits
         from tarflow_fast.flows import open_flow
-        from tarflow_fast.validate import find_device
+        from tarflow_fast.model import TarFlow
+        from tarflow_fast.validate import check_positive_int, find_device
 
+        check_positive_int("evaluate", "batch_size", self.batch_size)
         device = find_device("evaluate", self.device)
-        model, record = open_flow(self.model, device=device, in_channels=self.in_channels, img_size=self.img_size)
+        model, record = open_flow(
+            self.model, device=device, in_channels=self.in_channels, img_size=self.img_size,
+            head_size=self.head_size, key=self.key,
+        )  # fmt: skip
+        if not isinstance(model, TarFlow):
+            return self._run_tokens(model)
         whole = load_dataset(self.dataset, model.config["img_size"], model.config["in_channels"])
         known, part = whole.split(self.holdout) if self.holdout else (whole, whole)
         bits = evaluate(
@@ -193,13 +106,29 @@ class Evaluate:
             print(f"a histogram a pixel: {histogram_bits(known, part):.4f}")
         return 0
 
+    def _run_tokens(self, model: TokenFlow) -> int:
+        from tarflow_fast.evaluate import evaluate_tokens, load_tokens
+
+        for name, default in (("holdout", 0.0), ("n_draws", 1)):
+            if getattr(self, name) != default:
+                raise ValueError(f"evaluate: {name} is for images, and {self.model} is a flow over tokens")
+        x, y = load_tokens(self.dataset, (model.num_tokens, model.token_size))
+        y = None if self.unconditional or not model.num_classes else y
+        found = evaluate_tokens(model, x, y, batch_size=self.batch_size, progress=sys.stderr.isatty())
+        print(f"{self.dataset}: {len(x)} rows of {model.num_tokens} tokens of size {model.token_size}")
+        print(f"log-likelihood {found.mean:.4f} +- {found.standard_error:.4f} nats (standard error over rows)")
+        print(f"nats/dim {found.per_dim:.4f}")
+        if len(found.bad):
+            print(f"note: log p is not finite in {len(found.bad)} rows, the first is row {found.bad[0]}")
+        return 0
+
 
 @dataclass(frozen=True)
 class Info:
     """Tells versions, CPU, GPU, and which kernels are available, or why not; of a flow, which path each block takes."""
 
     model: Positional[Annotated[str | None, arg(metavar="MODEL")]] = None
-    """Also lists the blocks of this flow: digits, a folder, or the original's checkpoint file."""
+    """Also lists the blocks of this flow: digits, a folder, or a checkpoint file."""
     json: bool = False
     """As JSON."""
     device: str = "auto"
@@ -208,6 +137,10 @@ class Info:
     """Of a checkpoint file's images: 3, or this."""
     img_size: tuple[int, int] | None = None
     """Height and width of a checkpoint file's images, where they are not square."""
+    head_size: int | None = None
+    """Of a checkpoint file over tokens, which its shapes do not tell: 64, or this."""
+    key: str | None = None
+    """The part of a checkpoint file that is the flow, where it holds several ("state_dict", "ema")."""
 
     def run(self) -> int:
         from tarflow_fast import info
@@ -217,7 +150,10 @@ class Info:
         model = None
         if self.model is not None:
             device = find_device("info", self.device)
-            model, _ = open_flow(self.model, device=device, in_channels=self.in_channels, img_size=self.img_size)
+            model, _ = open_flow(
+                self.model, device=device, in_channels=self.in_channels, img_size=self.img_size,
+                head_size=self.head_size, key=self.key,
+            )  # fmt: skip
         if self.json:
             print(json.dumps(info.info() | ({"blocks": info.blocks(model)} if model else {}), indent=2))
         else:
@@ -254,22 +190,6 @@ def _train(config: TrainConfig) -> int:
 
     train(config)
     return 0
-
-
-def _save_numbers(x: torch.Tensor, path: Path) -> None:
-    from tarflow_fast.files import save_tensors, write_atomic
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_tensors(path, {"images": x})
-        return
-    import numpy as np
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a name, numpy would append .npy to it
-            np.save(file, x.float().cpu().numpy() if x.dtype.itemsize == 2 else x.cpu().numpy())
-
-    write_atomic(path, write)
 
 
 def _parse(args: list[str]) -> object:
