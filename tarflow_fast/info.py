@@ -163,6 +163,8 @@ def _indented(text: str) -> list[str]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":  # the one that tells the builds of a version apart: metadata may say 2.11.0 of 2.11.0+cu130
+        return str(torch.__version__)
     # Asked of the package's metadata: importing triton only to name its version takes a second.
     try:
         return importlib.metadata.version(package)

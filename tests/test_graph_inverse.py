@@ -40,9 +40,13 @@ def triton_device(device):
     return device
 
 
-def make_block(seed=0, flip=False, nvp=True, num_classes=0, num_layers=1, T=T):
-    """A block with every parameter drawn, small enough for an interpreter."""
-    block = MetaBlock(D, 32, T, flip, num_layers, head_size=16, nvp=nvp, num_classes=num_classes)
+def make_block(seed=0, flip=False, nvp=True, num_classes=0, num_layers=1, T=T, C=16):
+    """A block with every parameter drawn, small enough for an interpreter, which runs a program for every row and head.
+
+    Its log-scales are a tenth or two. With twice those one token in 200 grows an error far above all others, in our
+    arithmetic at another place than in PyTorch's, and the error rule would compare two accidents.
+    """
+    block = MetaBlock(D, C, T, flip, num_layers, head_size=16, nvp=nvp, num_classes=num_classes)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in block.named_parameters():
         draw = torch.randn(parameter.shape, generator=generator)
@@ -50,15 +54,15 @@ def make_block(seed=0, flip=False, nvp=True, num_classes=0, num_layers=1, T=T):
         parameter.copy_(draw / parameter.shape[-1] ** 0.5 if is_matrix else 0.3 * draw)
         if "norm.weight" in name:
             parameter.add_(1.0)
-    block.proj_out.weight.mul_(0.15)  # log-scales of a few tenths: what a trained flow has
+    block.proj_out.weight.mul_(0.08)
     block.proj_out.bias.mul_(0.3)
     return block.requires_grad_(False)
 
 
 def reference_block(block, dtype):
     """The same block in reference.py."""
-    layers, T = len(block.attn_blocks), block.pos_embed.size(0)
-    plain = reference.MetaBlock(D, 32, T, block.flip, layers, block.nvp, block.num_classes, head_size=16)
+    layers, (T, C) = len(block.attn_blocks), block.pos_embed.shape
+    plain = reference.MetaBlock(D, C, T, block.flip, layers, block.nvp, block.num_classes, head_size=16)
     plain.load_state_dict(block.state_dict())
     return plain.to(dtype)
 
@@ -67,13 +71,13 @@ def noise(seed=1, rows=B, T=T):
     return torch.randn(rows, T, D, generator=torch.Generator().manual_seed(seed))
 
 
-CASES = {
-    "plain": ({}, None, Guidance(), 1),
-    "flip-classes-guided": ({"flip": True, "num_classes": 3, "num_layers": 2}, [2, -1, 0], GUIDED, 1),
-    "shift-only-annealed": ({"nvp": False}, None, ANNEALED, 1),
-    "annealed-scale": ({"flip": True}, None, ANNEALED, 1),
-    "window": ({"num_classes": 3}, [0, 1, 2], Guidance(0.7, "b"), 3),
-    "window-flip-guided": ({"flip": True}, None, GUIDED, 2),
+CASES = {  # the block, the guidance, and how many tokens a step solves
+    "plain": ({}, Guidance(), 1),
+    "flip-classes-guided": ({"flip": True, "num_classes": 3, "num_layers": 2}, GUIDED, 1),
+    "shift-only-annealed": ({"nvp": False}, ANNEALED, 1),
+    "annealed-scale": ({"flip": True, "C": 32}, ANNEALED, 1),
+    "window": ({"num_classes": 3, "T": 4}, Guidance(0.7, "b"), 3),
+    "window-flip-guided": ({"flip": True, "T": 4}, GUIDED, 2),
 }
 
 
@@ -81,21 +85,24 @@ CASES = {
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_block_is_that_of_the_reference(case, storage, triton_device):
-    config, labels, guidance, W = CASES[case]
+    config, guidance, W = CASES[case]
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
     if why_not := triton_refuses(triton_device, dtype):
         pytest.skip(why_not)
     if triton_device.type == "cpu" and storage == "fp16" and case not in ("flip-classes-guided", "window"):
         pytest.skip("two cases of this type are enough for an interpreter")
-    block, z = make_block(**config), noise().to(triton_device)
-    y = None if labels is None else torch.tensor(labels, device=triton_device)
-    kept, block = z.clone(), block.to(triton_device)
+    block = make_block(**{"T": 3} | config).to(triton_device)
+    T = block.pos_embed.size(0)
+    rows = 24 if T == 3 else 16  # 240 numbers that a pass decides
+    z = noise(rows=rows, T=T).to(triton_device)
+    y = torch.arange(rows, device=triton_device) % 4 - 1 if block.num_classes else None
+    kept = z.clone()
     autocast = torch.autocast(triton_device.type, dtype, enabled=storage != "fp32")
     arguments = (guidance.weight, guidance.what, guidance.attn_temp, guidance.annealed)
     truth = reference_block(block, torch.float64).to(triton_device).reverse(z.double(), y, *arguments)
     with autocast:
         plain = reference_block(block, torch.float32).to(triton_device).reverse(z, y, *arguments)
-        workspace = GraphWorkspace(weights_of(block), B, guidance.active, dtype, window=W)
+        workspace = GraphWorkspace(weights_of(block), rows, guidance.active, dtype, window=W)
         workspace.prepare()
         x, log_det = invert_graph(block.bijection, z, y, guidance, workspace)
     assert_accurate("x", x.cpu(), truth.cpu(), plain.cpu())
@@ -111,7 +118,8 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["plain", "guided"])
 def test_log_det_is_that_of_the_sequential_inverse(guidance, triton_device):
-    block, z = make_block().to(triton_device), noise().to(triton_device)
+    # One number a row. PyTorch's largest error, the measure of ours, is mere luck among 3 rows: 8 of 100 draws failed.
+    block, z = make_block(T=3).to(triton_device), noise(rows=64, T=3).to(triton_device)
     _, log_det = invert_graph(block.bijection, z, None, guidance)
     exact, plain = (
         copy.deepcopy(block).to(kind).invert(z.to(kind), None, guidance, Call("torch"))[1]
@@ -161,9 +169,9 @@ def test_no_rows_and_one_token(triton_device):
 
 @pytest.mark.interpreter
 def test_a_whole_model(triton_device):
-    model = random_flow(img_size=4, num_classes=3, scale=0.3, backend="triton").to(triton_device)
-    reference_model, z = twin(model).to(triton_device), random_noise(model).to(triton_device)
-    y, arguments = torch.tensor([1, -1], device=triton_device), {"guidance": 1.2, "attn_temp": 0.8}
+    model = random_flow(img_size=(2, 6), num_classes=3, scale=0.3, backend="triton").to(triton_device)
+    reference_model, z = twin(model).to(triton_device), random_noise(model, 16).to(triton_device)
+    y, arguments = torch.arange(16, device=triton_device) % 4 - 1, {"guidance": 1.2, "attn_temp": 0.8}
     got, truth = model.reverse(z, y, **arguments), reference_model.reverse(z.double(), y, **arguments)
     plain = twin(model, torch.float32).to(triton_device).reverse(z, y, **arguments)
     assert_accurate("images", got.cpu(), truth.cpu(), plain.cpu())
@@ -180,7 +188,7 @@ class Adapter(nn.Linear):
 
 
 def with_adapter(block):
-    block.attn_blocks[1].attention.qkv = Adapter(32, 96)
+    block.attn_blocks[1].attention.qkv = Adapter(16, 48)
 
 
 def with_hook(block):
@@ -200,7 +208,7 @@ def with_half_a_layer(block):
 
 
 def without_bias(block):
-    block.attn_blocks[0].attention.proj = nn.Linear(32, 32, bias=False)
+    block.attn_blocks[0].attention.proj = nn.Linear(16, 16, bias=False)
 
 
 def with_own_forward(block):
@@ -208,7 +216,7 @@ def with_own_forward(block):
 
 
 def without_norm_weights(block):
-    block.attn_blocks[0].mlp.norm = nn.LayerNorm(32, elementwise_affine=False)
+    block.attn_blocks[0].mlp.norm = nn.LayerNorm(16, elementwise_affine=False)
 
 
 OBJECTIONS = {
