@@ -245,3 +245,34 @@ class TarFlow(nn.Module):
             z, logdet = block.reverse(z)
             logdets = logdets + logdet
         return (z if mask is None else z * mask[:, :, None]) * scale, logdets
+
+
+def drawn(model, seed=0, scale=0.05):
+    """The model with every parameter drawn: at its start values a flow is a shift. scale: of log-scales and shifts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            if "norm.weight" in name:
+                parameter.copy_(1 + 0.2 * draw)
+            elif "proj_out" in name:
+                parameter.copy_(scale * draw / parameter.shape[-1] ** 0.5)
+            elif parameter.ndim == 2 and "embed" not in name:
+                parameter.copy_(draw / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(0.2 * draw)
+        if "var" in model._buffers:
+            model.var.copy_(torch.rand(model.var.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+def images(seed=0, **config):
+    """A small drawn `Model`."""
+    sizes = dict(in_channels=1, img_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=2, num_classes=3)
+    return drawn(Model(**sizes | config), seed)
+
+
+def tokens(seed=0, **config):
+    """A small drawn `TarFlow`."""
+    sizes = dict(num_tokens=7, token_size=3, channels=64, num_blocks=3, layers_per_block=2)
+    return drawn(TarFlow(**sizes | config), seed)

@@ -71,7 +71,7 @@ def apply_to(model: M) -> M:
         raise TypeError(f"apply_to: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, TokenFlow):
         raise ValueError(f"apply_to: model is a {type(model).__name__} of tarflow_fast, which needs no help")
-    original = _original(model)
+    original = _original(model, "apply_to")
     try:
         if not callable(getattr(original, "reverse", None)):
             raise ValueError(f"a {original.__name__} has no reverse")
@@ -93,14 +93,11 @@ def remove_from(model: M) -> M:
 
     Raises:
         TypeError: model is no torch.nn.Module.
-        ValueError: its class was replaced since, so that the original cannot be put back.
+        ValueError: its class was changed after `apply_to`, so that the original cannot be put back.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"remove_from: model must be a torch.nn.Module, got {type(model).__name__}")
-    original = _original(model)
-    if original is type(model) and model in _APPLIED:
-        raise ValueError(f"remove_from: the class of the model was changed since apply_to, to {original.__name__}")
-    model.__class__ = original
+    model.__class__ = _original(model, "remove_from")
     _APPLIED.pop(model, None)
     return model
 
@@ -114,10 +111,15 @@ def density(model: nn.Module, own_forward: Callable[..., Any], args: tuple, kwar
     return own_forward(model, *args, **kwargs)
 
 
-def _original(model: nn.Module) -> type:
+def _original(model: nn.Module, where: str) -> type:
     """The class the model has, or had before `apply_to`."""
     kind = type(model)
-    return kind.__bases__[0] if _CLASSES.get(kind.__bases__[0]) is kind else kind
+    for each in kind.__mro__:
+        if each is not object and _CLASSES.get(each.__bases__[0]) is each:
+            if each is kind:
+                return each.__bases__[0]
+            raise ValueError(f"{where}: the class of the model was changed after apply_to, to {kind.__name__}")
+    return kind
 
 
 def _subclass(original: type) -> type:
