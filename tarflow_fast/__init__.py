@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tarflow_fast.apply import apply_to, remove_from
     from tarflow_fast.block import MetaBlock
     from tarflow_fast.flow import TokenFlow
     from tarflow_fast.model import Model, TarFlow
@@ -12,7 +13,17 @@ if TYPE_CHECKING:
     from tarflow_fast.solvers.nonfinite import NonFiniteError
 
 __version__ = "0.1.0"
-__all__ = ["MetaBlock", "Model", "NonFiniteError", "ReferenceTarFlow", "TarFlow", "TokenFlow", "__version__"]
+__all__ = [
+    "MetaBlock",
+    "Model",
+    "NonFiniteError",
+    "ReferenceTarFlow",
+    "TarFlow",
+    "TokenFlow",
+    "__version__",
+    "apply_to",
+    "remove_from",
+]
 
 _HOMES = {
     "TarFlow": "model",
@@ -21,6 +32,8 @@ _HOMES = {
     "NonFiniteError": "solvers.nonfinite",
     "MetaBlock": "block",
     "ReferenceTarFlow": "reference",
+    "apply_to": "apply",
+    "remove_from": "apply",
 }
 _MODULES = {
     "flows": "flows",
