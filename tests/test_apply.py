@@ -1,4 +1,4 @@
-"""`apply_to`: models of other packages keep their numbers, their weights, their class for the world, and their hooks."""
+"""`apply_to`: models of other packages keep their numbers, their weights, their class for the world, their hooks."""
 
 import inspect
 
@@ -186,11 +186,11 @@ def test_calls_are_checked_before_any_work():
         model.reverse()
     with pytest.raises(ValueError, match=r"^reverse: x must have shape \(B, 16, 4\), got \(24, 15, 4\)$"):
         model.reverse(z[:, 1:])
-    with pytest.raises(ValueError, match="^reverse: y must be below num_classes = 3"):
+    with pytest.raises(ValueError, match=r"^reverse: y must be below num_classes = 3"):
         model.reverse(z, labels() + 1)
     with pytest.raises(TypeError, match=r"^reverse: x must have the model's dtype torch.float32, got torch.float64$"):
         model.reverse(z.double())
-    with pytest.raises(ValueError, match="^reverse: guidance must be finite and >= 0"):
+    with pytest.raises(ValueError, match=r"^reverse: guidance must be finite and >= 0"):
         model.reverse(z, guidance=-1.0)
     with pytest.raises(ValueError, match=r"^reverse: z must have shape \(B, 7, 3\)"):
         apply_to(strangers.tokens()).reverse(z)

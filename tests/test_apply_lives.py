@@ -50,9 +50,9 @@ def test_nothing_but_the_class_changes_and_remove_from_puts_it_back():
     with torch.no_grad():
         assert same_bits(model.reverse(z.clone()), own(model, z))
     for function in (apply_to, remove_from):
-        with pytest.raises(TypeError, match=f"^{function.__name__}: model must be a torch.nn.Module, got dict$"):
+        with pytest.raises(TypeError, match=rf"^{function.__name__}: model must be a torch.nn.Module, got dict$"):
             function({})
-    with pytest.raises(ValueError, match="^apply_to: model is a TarFlow of tarflow_fast, which needs no help$"):
+    with pytest.raises(ValueError, match=r"^apply_to: model is a TarFlow of tarflow_fast, which needs no help$"):
         apply_to(TarFlow(**CONFIG))
 
 
@@ -278,7 +278,7 @@ def test_applying_again_looks_anew():
     model.blocks.append(copy.deepcopy(model.blocks[0]))
     assert close(apply_to(model), z)
     model.blocks[0].proj_in.register_forward_hook(lambda module, inputs, output: None)
-    with pytest.raises(ValueError, match="^apply_to: blocks.0.proj_in has hooks$"):
+    with pytest.raises(ValueError, match=r"^apply_to: blocks.0.proj_in has hooks$"):
         apply_to(model)
     assert type(model) is not strangers.Model
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tarflow_fast.engines.call import Call
 from tarflow_fast.engines.table import Path, find_path, open_passes
+from tarflow_fast.ops.registry import under_transform
 from tarflow_fast.solvers.sequential import solve_sequentially
 from tarflow_fast.transforms import Bijection, Guidance
 
@@ -67,8 +70,33 @@ def invert_all(
     """
     backwards = bijections[::-1]
     paths: list[Path | None] = [find_path(bijection, z, call) for bijection in backwards]
+    recomputed = call.differentiable and torch.is_grad_enabled() and len(backwards) > 1 and not under_transform()
     for number, bijection in enumerate(backwards):
-        z, log_det = invert(bijection, z, y, guidance, call, on_token, paths[number])
+        if recomputed:
+            z, log_det = _invert_again_in_backward(bijection, z, y, guidance, call, on_token)
+        else:
+            z, log_det = invert(bijection, z, y, guidance, call, on_token, paths[number])
         yield z, log_det
         if paths[number] is None or paths[number].engine == "torch":
             paths = [None] * len(paths)
+
+
+def _invert_again_in_backward(
+    bijection: Bijection, z: Tensor, y: Tensor | None, guidance: Guidance, call: Call, on_token: OnToken
+) -> tuple[Tensor, Tensor]:
+    """`invert` that keeps only z for autograd, and inverts once more in the backward pass.
+
+    The graph of one block grows with T^2. So a model keeps that of one block at a time and not of all K; a step takes a
+    third longer, since every block is inverted twice and differentiated once.
+    """
+    runs = 0
+
+    def run(z: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal runs
+        runs += 1
+        # Its own call: the user's is over when the backward pass comes. Tokens are told of in the first run alone.
+        with Call(call.backend, call.precision, True, call.memory_limit, call.nets, where=call.where) as own:
+            own.told = True
+            return invert(bijection, z, y, guidance, own, on_token if runs == 1 else None)
+
+    return checkpoint(run, z, use_reentrant=False, preserve_rng_state=False)
