@@ -10,6 +10,7 @@ from PIL import Image
 from tarflow_fast.cli import demo, main
 from tarflow_fast.flows import SHIPPED, open_flow, training_noise
 from tarflow_fast.model import TarFlow
+from tarflow_fast.verify.rule import largest_error_and_bound
 
 FOLDER = SHIPPED["digits"]
 
@@ -90,11 +91,16 @@ def test_demo_rings_when_the_numbers_are_off(tmp_path, capsys, monkeypatch):
 
 
 def test_limit_of_agreement():
-    eps = torch.finfo(torch.float32).eps
-    assert demo.Agreement(ours=2e-6, reference=1e-6, between=0.0, largest=1.0).ok
-    assert not demo.Agreement(ours=2e-6 + 3 * eps, reference=1e-6, between=0.0, largest=1.0).ok
-    assert demo.Agreement(ours=2 * eps, reference=0.0, between=0.0, largest=1.0).ok
-    assert not demo.Agreement(ours=float("nan"), reference=1e-6, between=0.0, largest=1.0).ok
+    """Twice PyTorch's own error, and two steps of float32 at the largest value."""
+    eps, truth = torch.finfo(torch.float32).eps, torch.tensor([1.0, -0.25], dtype=torch.float64)
+
+    def agree(ours, theirs):
+        got, plain = (truth + torch.tensor([0.0, off], dtype=torch.float64) for off in (ours, theirs))
+        error, limit = largest_error_and_bound(got.float(), truth, plain.float())
+        return demo.Agreement(ours=error, reference=theirs, between=0.0, limit=limit).ok
+
+    assert agree(2e-6, 1e-6) and not agree(2e-6 + 3 * eps, 1e-6)
+    assert agree(2 * eps, 0.0) and not agree(3 * eps, 0.0) and not agree(float("nan"), 1e-6)
 
 
 def test_both_are_timed_by_turns():

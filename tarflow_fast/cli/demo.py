@@ -12,6 +12,7 @@ import torch
 
 from tarflow_fast.data.images import make_grid, save_image, side_by_side
 from tarflow_fast.flows import SHIPPED, open_flow, training_noise
+from tarflow_fast.verify.rule import largest_error_and_bound
 
 SAMPLES_A_CLASS = 10
 
@@ -44,23 +45,13 @@ class Agreement:
     """Largest absolute differences, in units of the images' range [-1, 1].
 
     ours, reference: of the float32 results against the reference in float64.  between: of one against the other.
-    largest: the largest value of the float64 result.
+    limit: what the error rule allows ours (verify/rule.py); it scales with the flow.
     """
 
     ours: float
     reference: float
     between: float
-    largest: float
-
-    @property
-    def limit(self) -> float:
-        """Twice the plain PyTorch error, plus two float32 steps at the largest value.
-
-        Both round differently, and each rounding is amplified by the flow alike: an implementation without a fault
-        has an error of the reference's own size, and the steps keep a reference that happens to be exact from
-        demanding the impossible. The limit scales with the flow, so it needs no constant tuned to this one.
-        """
-        return 2 * self.reference + 2 * torch.finfo(torch.float32).eps * self.largest
+    limit: float
 
     @property
     def ok(self) -> bool:
@@ -97,11 +88,12 @@ def demo(
         )
         raw, expected = model.reverse(noise, y, guidance=guidance), reference.reverse(noise, y, guidance=guidance)
         exact = reference.double().reverse(noise.double(), y, guidance=guidance)
+    error, limit = largest_error_and_bound(raw, exact, expected)
     agreement = Agreement(
-        ours=(raw - exact).abs().max().item(),
+        ours=error,
         reference=(expected - exact).abs().max().item(),
         between=(raw - expected).abs().max().item(),
-        largest=exact.abs().max().item(),
+        limit=limit,
     )
     noise_std = training_noise(record)
     start = time.perf_counter()

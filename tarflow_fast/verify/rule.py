@@ -1,13 +1,16 @@
 """The error rule: |got - truth| <= 2 |plain - truth| + 2 ulp, plain being PyTorch's answer in the same precision.
 
-The middle term is the largest over the tensor, the last that of each element in the tensor's storage type.
+It has two forms. Kernels are held to the one by element: the middle term is the largest over the tensor, the last term
+is that of each element, in the tensor's storage type. Whole flows are held to the one by tensor, since a flow carries
+the rounding of one element to all that follow it: the largest error, against the largest of PyTorch and 2 ulp of the
+largest value.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["FACTOR", "ULPS", "Row", "Worst", "error_and_bound"]
+__all__ = ["FACTOR", "ULPS", "Row", "Worst", "error_and_bound", "largest_error_and_bound"]
 
 FACTOR, ULPS = 2.0, 2.0
 
@@ -31,6 +34,13 @@ def error_and_bound(
 
     largest = error_of(plain).max() if plain.numel() else 0.0
     return error_of(got), factor * largest + ulps * ulp(high, got.dtype)
+
+
+def largest_error_and_bound(got: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor) -> tuple[float, float]:
+    """The largest error of a whole tensor, and what the rule allows it; NaN where `got` has one."""
+    largest = (plain.double() - truth).abs().max().item()
+    step = torch.finfo(got.dtype).eps * truth.abs().max().item()
+    return (got.double() - truth).abs().max().item(), FACTOR * largest + ULPS * step
 
 
 def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
