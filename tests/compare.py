@@ -27,6 +27,37 @@ def assert_accurate(name, got, truth, plain, factor=FACTOR, ulps=ULPS):
     )
 
 
+ENOUGH = 24  # numbers of an output
+
+
+class Judged:
+    """Outputs of one computation on several draws of its inputs, judged together.
+
+    The rule measures us by the largest error of plain PyTorch, which is mere luck among a few numbers: of log_dets of 3
+    rows, 8 in 100 pass their bound. What has fewer than ENOUGH numbers is therefore computed on more draws.
+    """
+
+    def __init__(self):
+        self.outputs = {}
+
+    @staticmethod
+    def draws(least):
+        """On how many draws to compute something whose smallest output has `least` numbers; of no numbers, on one."""
+        return -(-ENOUGH // least) if least else 1
+
+    def add(self, name, got, truth, plain):
+        """As assert_accurate; nothing is asserted of the numbers yet."""
+        self.outputs.setdefault(name, []).append((got.cpu(), truth, plain.cpu()))
+
+    def check(self):
+        """Fails as assert_accurate does; the first index is the number of the draw."""
+        for name, draws in self.outputs.items():
+            got, truths, plain = zip(*draws, strict=True)
+            pairs = isinstance(truths[0], tuple)
+            truth = tuple(map(torch.stack, zip(*truths, strict=True))) if pairs else torch.stack(truths)
+            assert_accurate(name, torch.stack(got), truth, torch.stack(plain))
+
+
 def same_bits(a, b):
     """Equal bit for bit, NaN and signed zeros included."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]

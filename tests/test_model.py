@@ -17,6 +17,7 @@ import tarflow_fast
 from tarflow_fast import Model, ReferenceTarFlow, TarFlow
 
 CONFIG = dict(in_channels=1, img_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=2, num_classes=3)
+ROWS = 24  # of what within_rule judges: fewer leave the largest error of plain PyTorch, its measure, to luck
 
 
 def test_model_is_tarflow():
@@ -67,7 +68,7 @@ def test_start_values():
 def test_other_dtypes_work(dtype):
     model = random_flow(**CONFIG).to(dtype)
     truth, plain = twin(model), twin(model, dtype)
-    x, noise, y = random_images(model, 3), random_noise(model, 3), torch.tensor([0, -1, 2])
+    x, noise, y = random_images(model, ROWS), random_noise(model, ROWS), torch.arange(ROWS) % 4 - 1
     z, _, logdets = model(x, y)
     assert z.dtype == dtype and logdets.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for ours, exact, ref in zip((z, logdets), truth(x.double(), y)[::2], plain(x, y)[::2], strict=True):
@@ -88,7 +89,12 @@ def within_rule(ours, exact, plain):
 
 def test_autocast_keeps_float32_results_and_log_dets():
     model = random_flow(**CONFIG)
-    truth, plain, x, noise = twin(model), twin(model, torch.float32), random_images(model, 3), random_noise(model, 3)
+    truth, plain, x, noise = (
+        twin(model),
+        twin(model, torch.float32),
+        random_images(model, ROWS),
+        random_noise(model, ROWS),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         z, outputs, logdets = model(x)
         z_plain, _, logdets_plain = plain(x)
@@ -119,8 +125,8 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 def test_autocast_takes_images_of_any_dtype_plain_pytorch_takes(half, images, autocast):
     parameters = autocast if half else torch.float32
     model = random_flow(**CONFIG).to(parameters)
-    truth, plain, y = twin(model), twin(model, parameters), torch.tensor([0, -1, 2])
-    x, noise = random_images(model, 3).to(images), random_noise(model, 3).to(images)
+    truth, plain, y = twin(model), twin(model, parameters), torch.arange(ROWS) % 4 - 1
+    x, noise = random_images(model, ROWS).to(images), random_noise(model, ROWS).to(images)
     with torch.autocast("cpu", autocast):
         ours = *model(x, y)[::2], model.reverse(noise, y)
         theirs = *plain(x, y)[::2], plain.reverse(noise, y)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from compare import assert_accurate, same_bits
+from compare import Judged, assert_accurate, same_bits
 from torch.nn import functional as F
 
 from tarflow_fast.ops.registry import triton_missing, triton_refuses
@@ -52,7 +52,7 @@ def product(x, weight, bias, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ORDERS)
-@pytest.mark.parametrize("R, W, C, D", [(1, 1, 16, 3), (3, 4, 48, 12), (2, 1, 64, 80)])
+@pytest.mark.parametrize("R, W, C, D", [(1, 1, 48, 3), (3, 4, 16, 12), (2, 1, 64, 80)])
 def test_embed(R, W, C, D, name, dtype, device):
     from tarflow_fast.kernels.triton.step_embed import embed
 
@@ -78,7 +78,7 @@ def test_embed(R, W, C, D, name, dtype, device):
 
 # ---- linear layers -------------------------------------------------------------------------------------------------
 
-LAYERS = [(1, 32, 16), (5, 256, 48), (18, 64, 96), (33, 64, 64)]  # (M, K, N); K = 256 is split over programs
+LAYERS = [(1, 32, 48), (5, 256, 16), (18, 64, 96), (33, 64, 64)]  # (M, K, N); K = 256 is split over programs
 
 
 def layer(M, K, N, dtype, device):
@@ -253,13 +253,21 @@ def test_cached_attention_does_not_depend_on_other_rows(device):
     (3, 1, 32, 16, False, False, "any"),
 ])  # fmt: skip
 def test_affine_inverse(B, W, C, D, scale, guided, name, dtype, device):
+    judged = Judged()
+    for _ in range(judged.draws(B)):  # a sum of log-scales is one number a row
+        solve(judged, B, W, C, D, scale, guided, name, dtype, device)
+    judged.check()
+
+
+def solve(judged, B, W, C, D, scale, guided, name, dtype, device):
+    """One draw of test_affine_inverse."""
     from tarflow_fast.kernels.triton import tuning_step
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
 
     T, R = 10, B * (1 + guided)
     h = draw(R * W, C, device=device, scale=0.3)
     weight = draw(D * (1 + scale), C, device=device, dtype=dtype, scale=C**-0.5)
-    bias, z = draw(D * (1 + scale), device=device), draw(B, T, D, device=device)
+    bias, z = draw(D * (1 + scale), device=device, scale=0.3), draw(B, T, D, device=device)
     x, sums = draw(B, T, D, device=device), torch.zeros(tuning_step.tail_tiles(C, D, dtype), B, T, device=device)
     now = torch.tensor(STARTS[B] * (1 + guided), dtype=torch.int32, device=device)
     starts = torch.stack([now, torch.full_like(now, 77)])
@@ -291,5 +299,5 @@ def test_affine_inverse(B, W, C, D, scale, guided, name, dtype, device):
         return solved, total
 
     truth, plain = expected(torch.float64, torch.float64), expected(dtype, torch.float32)
-    assert_accurate("x", got.cpu(), truth[0].cpu(), plain[0].cpu())
-    assert_accurate("sums", sums.sum(0).cpu(), truth[1].cpu(), plain[1].cpu())
+    judged.add("x", got, truth[0].cpu(), plain[0])
+    judged.add("sums", sums.sum(0), truth[1].cpu(), plain[1])
