@@ -130,7 +130,7 @@ class LogLikelihood:
         return (~self.nats.isfinite()).nonzero().flatten().tolist()
 
 
-def load_tokens(path: str | Path, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+def load_tokens(path: str | Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
     """x (N, *shape) of a .npy file, or x and, where there are any, labels y (N,) of a .npz file; nothing is unpickled.
 
     Raises:
@@ -154,13 +154,13 @@ def load_tokens(path: str | Path, shape: tuple[int, int]) -> tuple[np.ndarray, n
     if "x" not in arrays:
         raise ValueError(f"load_tokens: {path} must hold an array x, got {few(names) or 'none'}")
     x, y = arrays["x"], arrays.get("y")
-    if x.ndim != 3 or x.shape[1:] != tuple(shape):
-        raise ValueError(f"load_tokens: x must have shape (N, {shape[0]}, {shape[1]}), got {x.shape}")
+    if x.ndim == 0 or x.shape[1:] != tuple(shape):
+        raise ValueError(f"load_tokens: x must have shape (N, {', '.join(map(str, shape))}), got {x.shape}")
     if x.dtype.kind not in "fiu":
         raise ValueError(f"load_tokens: x must hold real numbers, got {x.dtype}")
     if len(x) == 0:
         raise ValueError("load_tokens: x must hold at least one row, got 0")
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))
+    bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
     if bad.size:
         raise ValueError(f"load_tokens: x must be finite, got {bad.size} rows that are not, the first is row {bad[0]}")
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):

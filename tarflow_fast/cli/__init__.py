@@ -11,12 +11,13 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from tarflow_fast.cli.sample import Sample
+from tarflow_fast.cli.verify import Verify
 from tarflow_fast.training.config import TrainConfig, from_file
 
 if TYPE_CHECKING:
@@ -159,30 +160,6 @@ class Info:
         else:
             print(info.format_info() + (f"\n\n{info.format_blocks(model)}" if model else ""))
         return 0
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Runs every op and a small flow on this machine against the reference, and tells the worst errors."""
-
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
-
-    def run(self) -> int:
-        from tarflow_fast import verify
-        from tarflow_fast.validate import find_device
-
-        rows, ok = verify.run(str(find_device("verify", self.device)))
-        print(_table(rows))
-        print("all within their limits" if ok else "NOT all within their limits")
-        return 0 if ok else 1
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Rows of the same keys as a markdown table."""
-    names = list(rows[0])
-    cells = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *cells])
 
 
 def _train(config: TrainConfig) -> int:
