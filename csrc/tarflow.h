@@ -188,6 +188,6 @@ TF_EXPORT int tf_test_round(const float* x, float* y, int64_t n, int dtype);
 // y[k] = GELU(x[k]); x, y: (n,) float32, may be the same. One thread.
 TF_EXPORT void tf_test_gelu(const float* x, float* y, int64_t n);
 
-// y = x w^T + bias in a precision: x (M, K), w (N, K), bias (N,), y (M, N) float32. TF_NO_MEMORY possible.
-TF_EXPORT int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N,
-                             int64_t K, int precision);
+// y = x w^T + bias in a precision: x (rows, inputs), w (columns, inputs), bias (columns,), y (rows, columns) float32. TF_NO_MEMORY possible.
+TF_EXPORT int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t rows, int64_t columns,
+                             int64_t inputs, int precision);

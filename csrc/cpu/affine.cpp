@@ -27,8 +27,8 @@ struct Problem {
 };
 
 // f(row, first token, past the last token, number of the item)
-template <class F>
-void for_items(const Problem& p, int threads, F f) {
+template <class Function>
+void for_items(const Problem& p, int threads, Function f) {
     const int64_t tokens = p.item_tokens(), row_items = p.row_items();
     parallel_for(p.limit(threads), p.B * row_items, [&](int64_t item) {
         const int64_t row = item / row_items, first = item % row_items * tokens;
@@ -36,7 +36,7 @@ void for_items(const Problem& p, int threads, F f) {
     });
 }
 
-// ---- one token: D elements. The float versions compute W lanes at a time, the double versions are there for exactness
+// ---- one token: D elements. The float versions compute LANES lanes at a time, the double versions are there for exactness
 // ---- tests and gradcheck and may be slow.
 
 struct FloatSum {
@@ -51,11 +51,11 @@ struct FloatSum {
 };
 
 // z = (x - b) exp(-a); returns the sum of a. a may be null: then it is zero.
-template <class X, class A>
-double forward_token(const X* x, const A* a, const A* b, X* z, int64_t D) {
+template <class Input, class Parameter>
+double forward_token(const Input* x, const Parameter* a, const Parameter* b, Input* z, int64_t D) {
     FloatSum total;
     int64_t d = 0;
-    for (; d + W <= D; d += W) {
+    for (; d + LANES <= D; d += LANES) {
         vf y = load(x + d) - load(b + d);
         if (a) {
             const vf scale = load(a + d);
@@ -87,11 +87,24 @@ double forward_token(const double* x, const double* a, const double* b, double* 
 }
 
 // The gradients of one token: dx = dz exp(-a), db = -dx, da = -dx (x - b) - dlog_det.
-template <class X, class A>
-void backward_token(const X* dz, double dlog_det, const X* x, const A* a, const A* b, X* dx, A* da, A* db, int64_t D) {
-    const vf dld = splat(float(dlog_det));
+template <class Input, class Parameter>
+struct TokenGradient {
+    double dlog_det;
+    const Input *dz, *x;
+    const Parameter *a, *b;  // a and da may be null: then a is zero
+    Input* dx;
+    Parameter *da, *db;
+};
+
+template <class Input, class Parameter>
+void backward_token(const TokenGradient<Input, Parameter>& token, int64_t D) {
+    const Input *dz = token.dz, *x = token.x;
+    const Parameter *a = token.a, *b = token.b;
+    Input* dx = token.dx;
+    Parameter *da = token.da, *db = token.db;
+    const vf dld = splat(float(token.dlog_det));
     int64_t d = 0;
-    for (; d + W <= D; d += W) {
+    for (; d + LANES <= D; d += LANES) {
         vf g = load(dz + d);
         if (a) {
             g *= exp(-load(a + d));
@@ -112,20 +125,19 @@ void backward_token(const X* dz, double dlog_det, const X* x, const A* a, const 
     }
 }
 
-void backward_token(const double* dz, double dlog_det, const double* x, const double* a, const double* b, double* dx,
-                    double* da, double* db, int64_t D) {
+void backward_token(const TokenGradient<double, double>& token, int64_t D) {
     for (int64_t d = 0; d < D; ++d) {
-        const double g = dz[d] * (a ? ::exp(-a[d]) : 1.0);
-        if (a) da[d] = -(g * (x[d] - b[d])) - dlog_det;
-        dx[d] = g;
-        db[d] = -g;
+        const double g = token.dz[d] * (token.a ? ::exp(-token.a[d]) : 1.0);
+        if (token.a) token.da[d] = -(g * (token.x[d] - token.b[d])) - token.dlog_det;
+        token.dx[d] = g;
+        token.db[d] = -g;
     }
 }
 
 // ---- whole tensors -------------------------------------------------------------------------------------------------
 
-template <class X, class A, class L>
-int forward(const X* x, const A* ab, X* z, L* log_det, const Problem& p, int threads) {
+template <class Input, class Parameter, class LogDet>
+int forward(const Input* x, const Parameter* ab, Input* z, LogDet* log_det, const Problem& p, int threads) {
     const int64_t items = p.B * p.row_items();
     double* partial = static_cast<double*>(malloc(size_t(items ? items : 1) * sizeof(double)));
     if (!partial) return TF_NO_MEMORY;
@@ -134,10 +146,10 @@ int forward(const X* x, const A* ab, X* z, L* log_det, const Problem& p, int thr
         for (int64_t j = first; j < last; ++j) {
             const int64_t at = p.place(row, j);
             if (j == 0) {
-                memcpy(z + at, x + at, size_t(p.D) * sizeof(X));
+                memcpy(z + at, x + at, size_t(p.D) * sizeof(Input));
                 continue;
             }
-            const A* a = ab + (row * p.T + j - 1) * p.ab_width();
+            const Parameter* a = ab + (row * p.T + j - 1) * p.ab_width();
             total += forward_token(x + at, p.scale ? a : nullptr, p.scale ? a + p.D : a, z + at, p.D);
         }
         partial[item] = total;
@@ -145,36 +157,40 @@ int forward(const X* x, const A* ab, X* z, L* log_det, const Problem& p, int thr
     for (int64_t row = 0; row < p.B; ++row) {
         double total = 0;
         for (int64_t k = 0; k < p.row_items(); ++k) total += partial[row * p.row_items() + k];
-        log_det[row] = L(0.0 - total);  // 0 - 0 is +0
+        log_det[row] = LogDet(0.0 - total);  // 0 - 0 is +0
     }
     free(partial);
     return TF_OK;
 }
 
-template <class X, class A, class L>
-int backward(const X* dz, const L* dlog_det, const X* x, const A* ab, X* dx, A* dab, const Problem& p, int threads) {
+template <class Input, class Parameter, class LogDet>
+int backward(const Input* dz, const LogDet* dlog_det, const Input* x, const Parameter* ab, Input* dx, Parameter* dab,
+             const Problem& p, int threads) {
     for_items(p, threads, [&](int64_t row, int64_t first, int64_t last, int64_t) {
         for (int64_t j = first; j < last; ++j) {
             const int64_t at = p.place(row, j);
             if (j == 0) {
-                memcpy(dx + at, dz + at, size_t(p.D) * sizeof(X));
+                memcpy(dx + at, dz + at, size_t(p.D) * sizeof(Input));
                 // The ab of the last token conditions nothing.
                 memset(static_cast<void*>(dab + (row * p.T + p.T - 1) * p.ab_width()), 0,
-                       size_t(p.ab_width()) * sizeof(A));
+                       size_t(p.ab_width()) * sizeof(Parameter));
                 continue;
             }
-            const int64_t from = (row * p.T + j - 1) * p.ab_width();
-            const A *a = p.scale ? ab + from : nullptr, *b = ab + from + (p.scale ? p.D : 0);
-            A *da = p.scale ? dab + from : nullptr, *db = dab + from + (p.scale ? p.D : 0);
-            backward_token(dz + at, double(dlog_det[row]), x + at, a, b, dx + at, da, db, p.D);
+            const int64_t a_at = (row * p.T + j - 1) * p.ab_width(), b_at = a_at + (p.scale ? p.D : 0);
+            TokenGradient<Input, Parameter> token = {};
+            token.dlog_det = double(dlog_det[row]);
+            token.dz = dz + at, token.x = x + at, token.dx = dx + at;
+            token.b = ab + b_at, token.db = dab + b_at;
+            if (p.scale) token.a = ab + a_at, token.da = dab + a_at;
+            backward_token(token, p.D);
         }
     });
     return TF_OK;
 }
 
 // Calls f with null pointers of the storage types of x, ab and log_det.
-template <class F>
-int for_types(int x_dtype, int ab_dtype, F f) {
+template <class Function>
+int for_types(int x_dtype, int ab_dtype, Function f) {
     if (x_dtype == TF_F64 && ab_dtype == TF_F64) return f((double*)nullptr, (double*)nullptr, (double*)nullptr);
     if (x_dtype == TF_F32 && ab_dtype == TF_F32) return f((float*)nullptr, (float*)nullptr, (float*)nullptr);
     if (x_dtype == TF_F32 && ab_dtype == TF_BF16) return f((float*)nullptr, (bf16*)nullptr, (float*)nullptr);
@@ -189,17 +205,21 @@ int for_types(int x_dtype, int ab_dtype, F f) {
 int affine_forward(const void* x, const void* ab, void* z, void* log_det, int64_t B, int64_t T, int64_t D, int scale,
                    int flip, int x_dtype, int ab_dtype, int threads) {
     const Problem p = {B, T, D, scale != 0, flip != 0};
-    return for_types(x_dtype, ab_dtype, [&](auto* X, auto* A, auto* L) {
-        return forward((decltype(X))x, (decltype(A))ab, (decltype(X))z, (decltype(L))log_det, p, threads);
+    return for_types(x_dtype, ab_dtype, [&](auto input, auto parameter, auto sum) {
+        typedef decltype(input) Input;  // pointers to the storage types
+        typedef decltype(parameter) Parameter;
+        return forward((Input)x, (Parameter)ab, (Input)z, (decltype(sum))log_det, p, threads);
     });
 }
 
 int affine_backward(const void* dz, const void* dlog_det, const void* x, const void* ab, void* dx, void* dab, int64_t B,
                     int64_t T, int64_t D, int scale, int flip, int x_dtype, int ab_dtype, int threads) {
     const Problem p = {B, T, D, scale != 0, flip != 0};
-    return for_types(x_dtype, ab_dtype, [&](auto* X, auto* A, auto* L) {
-        return backward((decltype(X))dz, (decltype(L))dlog_det, (decltype(X))x, (decltype(A))ab, (decltype(X))dx,
-                        (decltype(A))dab, p, threads);
+    return for_types(x_dtype, ab_dtype, [&](auto input, auto parameter, auto sum) {
+        typedef decltype(input) Input;
+        typedef decltype(parameter) Parameter;
+        return backward((Input)dz, (decltype(sum))dlog_det, (Input)x, (Parameter)ab, (Input)dx, (Parameter)dab, p,
+                        threads);
     });
 }
 

@@ -173,9 +173,9 @@ int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_argument
 
 void tf_test_gelu(const float* x, float* y, int64_t n) { chosen->test_gelu(x, y, n); }
 
-int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K,
-                   int precision) {
-    return chosen->test_matmul(x, w, bias, y, M, N, K, precision);
+int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t rows, int64_t columns,
+                   int64_t inputs, int precision) {
+    return chosen->test_matmul(x, w, bias, y, rows, columns, inputs, precision);
 }
 
 double tf_peak_read(const float* p, int64_t n, int threads) { return chosen->peak_read(p, n, threads); }

@@ -8,8 +8,8 @@ namespace {
 
 // f(item) for item in [0, items), on at most `threads` threads. Torch's own OpenMP pool does the work: torch is loaded
 // first and, built with GCC, the two share one libgomp, so no second pool competes for the cores.
-template <class F>
-inline void parallel_for(int threads, int64_t items, F f) {
+template <class Function>
+inline void parallel_for(int threads, int64_t items, Function f) {
 #ifdef _OPENMP
     if (threads > 1 && items > 1) {
 #pragma omp parallel for num_threads(threads) schedule(static)

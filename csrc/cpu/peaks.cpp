@@ -12,8 +12,8 @@ constexpr int CHAINS = 12;
 float read_part(const float* p, int64_t n) {
     vf partial[8] = {};
     int64_t k = 0;
-    for (; k + 8 * W <= n; k += 8 * W)
-        for (int j = 0; j < 8; ++j) partial[j] += load(p + k + j * W);
+    for (; k + 8 * LANES <= n; k += 8 * LANES)
+        for (int j = 0; j < 8; ++j) partial[j] += load(p + k + j * LANES);
     vf total = zero();
     for (int j = 0; j < 8; ++j) total += partial[j];
     return sum(total);
@@ -54,18 +54,18 @@ void keep(float value) {
 double peak_read(const float* p, int64_t n, int threads) {
     const int64_t part = n / threads;
     parallel_for(threads, threads, [&](int64_t t) { keep(read_part(p + t * part, part)); });
-    return 4.0 * double(part / (8 * W) * (8 * W)) * threads;
+    return 4.0 * double(part / (8 * LANES) * (8 * LANES)) * threads;
 }
 
 double peak_flops(int dtype, int64_t steps, int threads) {
     if (dtype == TF_F32) {
         parallel_for(threads, threads, [&](int64_t) { keep(multiply_add(steps)); });
-        return 2.0 * W * CHAINS * double(steps) * threads;
+        return 2.0 * LANES * CHAINS * double(steps) * threads;
     }
 #if defined(__AVX512BF16__)
     if (dtype == TF_BF16) {
         parallel_for(threads, threads, [&](int64_t) { keep(dot_bf16(steps)); });
-        return 4.0 * W * CHAINS * double(steps) * threads;
+        return 4.0 * LANES * CHAINS * double(steps) * threads;
     }
 #endif
     return 0.0;

@@ -7,22 +7,22 @@ namespace tf::TF_ISA {
 
 void test_exp(const float* x, float* y, int64_t n) {
     int64_t k = 0;
-    for (; k + W <= n; k += W) store(y + k, exp(load(x + k)));
+    for (; k + LANES <= n; k += LANES) store(y + k, exp(load(x + k)));
     if (k < n) store(y + k, exp(load(x + k, int(n - k))), int(n - k));
 }
 
 void test_gelu(const float* x, float* y, int64_t n) {
     int64_t k = 0;
-    for (; k + W <= n; k += W) store(y + k, gelu(load(x + k)));
+    for (; k + LANES <= n; k += LANES) store(y + k, gelu(load(x + k)));
     if (k < n) store(y + k, gelu(load(x + k, int(n - k))), int(n - k));
 }
 
-template <class S>
+template <class Stored>
 static void round_trip(const float* x, float* y, int64_t n) {
-    S stored[W];
-    for (int64_t k = 0; k < n; k += W) {
+    Stored stored[LANES];
+    for (int64_t k = 0; k < n; k += LANES) {
         // Whole vectors and tails take different instructions: both are used here, whole ones wherever possible.
-        if (k + W <= n) {
+        if (k + LANES <= n) {
             store(stored, load(x + k));
             store(y + k, load(stored));
         } else {

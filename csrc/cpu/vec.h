@@ -1,4 +1,4 @@
-// The SIMD layer: W float lanes of the instruction set this file is compiled for. Arithmetic is the compiler's vector
+// The SIMD layer: LANES float lanes of the instruction set this file is compiled for. Arithmetic is the compiler's vector
 // extension (+ - * / and comparisons work on vf and vi); below is only what that lacks. Everything has internal linkage:
 // a function shared between two instruction sets would be one weak symbol, and the linker might keep the AVX-512 copy.
 #pragma once
@@ -23,19 +23,19 @@ namespace tf::TF_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int W = 16;
+constexpr int LANES = 16;
 #elif defined(__AVX2__)
-constexpr int W = 8;
+constexpr int LANES = 8;
 #else
-constexpr int W = 4;
+constexpr int LANES = 4;
 #endif
 
-typedef float vf __attribute__((vector_size(4 * W)));
-typedef int32_t vi __attribute__((vector_size(4 * W)));  // also what comparing two vf gives: 0 or -1 a lane
-typedef uint32_t vu __attribute__((vector_size(4 * W)));
-typedef uint16_t vh __attribute__((vector_size(2 * W)));  // W stored 16-bit numbers
-typedef float half_vf __attribute__((vector_size(2 * W)));
-typedef double vd __attribute__((vector_size(4 * W)));  // W / 2 doubles
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));  // also what comparing two vf gives: 0 or -1 a lane
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));  // LANES stored 16-bit numbers
+typedef float half_vf __attribute__((vector_size(2 * LANES)));
+typedef double vd __attribute__((vector_size(4 * LANES)));  // LANES / 2 doubles
 
 // Storage types: never computed with, only loaded and stored.
 struct bf16 {
@@ -56,7 +56,7 @@ inline vf splat(float x) {
     return (vf)_mm_set1_ps(x);
 #else
     vf v;
-    for (int k = 0; k < W; ++k) v[k] = x;
+    for (int k = 0; k < LANES; ++k) v[k] = x;
     return v;
 #endif
 }
@@ -65,8 +65,8 @@ inline vf zero() { return vf{}; }
 // From here on v is in a register: the compiler may not read it again from memory at every use, as it likes to do with
 // what is the operand of several products. Those loads would then be the limit (fp32 tiles of 4 rows with AVX-512: 175
 // GFLOP/s a core of a Zen 5, 215 so).
-template <class V>
-inline void hold(V& v) {
+template <class Vector>
+inline void hold(Vector& v) {
 #if defined(__AVX512F__)
     __asm__("" : "+v"(v));
 #elif defined(__SSE__)
@@ -121,7 +121,7 @@ inline vf sqrt(vf a) {
 #elif defined(__SSE__)
     return (vf)_mm_sqrt_ps((__m128)a);
 #else
-    for (int k = 0; k < W; ++k) a[k] = sqrtf(a[k]);
+    for (int k = 0; k < LANES; ++k) a[k] = sqrtf(a[k]);
     return a;
 #endif
 }
@@ -140,9 +140,9 @@ inline float sum(vf v) {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #else
-    float lane[W];
+    float lane[LANES];
     memcpy(lane, &v, sizeof lane);
-    for (int width = W / 2; width > 0; width /= 2)
+    for (int width = LANES / 2; width > 0; width /= 2)
         for (int k = 0; k < width; ++k) lane[k] += lane[k + width];
     return lane[0];
 #endif
@@ -152,9 +152,9 @@ inline double sum(vd v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_pd((__m512d)v);
 #else
-    double lane[W / 2];
+    double lane[LANES / 2];
     memcpy(lane, &v, sizeof lane);
-    for (int width = W / 4; width > 0; width /= 2)
+    for (int width = LANES / 4; width > 0; width /= 2)
         for (int k = 0; k < width; ++k) lane[k] += lane[k + width];
     return lane[0];
 #endif
@@ -183,15 +183,15 @@ inline float max_lane(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);  // the wait for it is a tenth of a short attention
 #else
-    float lane[W];
+    float lane[LANES];
     memcpy(lane, &v, sizeof lane);
-    for (int width = W / 2; width > 0; width /= 2)
+    for (int width = LANES / 2; width > 0; width /= 2)
         for (int k = 0; k < width; ++k) lane[k] = lane[k] > lane[k + width] ? lane[k] : lane[k + width];
     return lane[0];
 #endif
 }
 
-// The W floats as doubles, low lanes first.
+// The LANES floats as doubles, low lanes first.
 inline void widen(vf v, vd& low, vd& high) {
     half_vf half[2];
     memcpy(half, &v, sizeof v);
@@ -199,7 +199,7 @@ inline void widen(vf v, vd& low, vd& high) {
     high = __builtin_convertvector(half[1], vd);
 }
 
-// ---- float load and store; the forms with n take the first n < W lanes, touch no memory past them, and read 0 there -----
+// ---- float load and store; the forms with n take the first n < LANES lanes, touch no memory past them, and read 0 there -----
 
 inline vf load(const float* p) {
     vf v;
@@ -247,7 +247,7 @@ inline vf first_of(vf v, int n, vf rest) {
     return (vf)_mm512_mask_mov_ps((__m512)rest, first(n), (__m512)v);
 #else
     vi lane;
-    for (int k = 0; k < W; ++k) lane[k] = k;
+    for (int k = 0; k < LANES; ++k) lane[k] = k;
     return select(lane < n, v, rest);
 #endif
 }

@@ -2,7 +2,7 @@
 //
 // Keys lie in blocks of 16, 16 bytes (4 fp32 or 8 bf16 numbers) of each together, [T/16][Ep/4][16][4] (bf16:
 // [T/16][Ep/8][16][8]), so that appending a key writes 16 bytes at a time, and scores read straight ahead. A vector
-// holds pieces of W / 4 keys; the order of the 16 within a block (slot_of) is the one in which sum_fours gives scores in
+// holds pieces of LANES / 4 keys; the order of the 16 within a block (slot_of) is the one in which sum_fours gives scores in
 // the order of the keys. Values are rows, [T][Ep] (bf16: pairs of rows, [T/2][Ep][2]). Where the machine multiplies
 // bf16 pairs, queries and probabilities are rounded to bf16 as well; elsewhere they stay fp32. A score is the sum of 8
 // chains over the head, an output the sum of two chains over the keys. No order depends on the number of queries, the row
@@ -34,7 +34,7 @@ struct QueryOf<bf16> {
 template <class Cache>
 constexpr int64_t PIECE = 16 / sizeof(Cache);
 
-inline int64_t slot_of(int64_t t) { return (t & (KEYS - W)) + t % 4 * (W / 4) + t % W / 4; }
+inline int64_t slot_of(int64_t t) { return (t & (KEYS - LANES)) + t % 4 * (LANES / 4) + t % LANES / 4; }
 
 // Where numbers e .. e + PIECE of key t lie.
 template <class Cache>
@@ -48,8 +48,8 @@ inline void store_key(float* keys, int64_t Ep, int64_t e, int64_t t, const float
 }
 
 inline void store_key(bf16* keys, int64_t Ep, int64_t e, int64_t t, const float* key) {
-    vh narrow[16 / W];
-    for (int k = 0; k < 16 / W; ++k) narrow[k] = narrow_operand(load(key + k * W));
+    vh narrow[16 / LANES];
+    for (int k = 0; k < 16 / LANES; ++k) narrow[k] = narrow_operand(load(key + k * LANES));
     memcpy(piece(keys, Ep, e, t), narrow, 16);
     memcpy(piece(keys, Ep, e + 8, t), reinterpret_cast<const char*>(narrow) + 16, 16);
 }
@@ -57,7 +57,7 @@ inline void store_key(bf16* keys, int64_t Ep, int64_t e, int64_t t, const float*
 // Numbers e .. e + 16 of a query, at q.
 template <class Cache>
 inline void store_query(typename QueryOf<Cache>::Type* q, const float* query, float factor) {
-    for (int k = 0; k < 16; k += W) store(q + k, load(query + k) * factor);
+    for (int k = 0; k < 16; k += LANES) store(q + k, load(query + k) * factor);
 }
 
 #if !defined(__AVX512BF16__)
@@ -82,7 +82,7 @@ inline void store_value(bf16* values, int64_t Ep, int64_t e, int64_t t, vf value
     memcpy(at, &pair, sizeof pair);
 }
 
-// sum += the products of a piece of W / 4 keys and that of the query.
+// sum += the products of a piece of LANES / 4 keys and that of the query.
 inline vf add_piece(vf sum, const float* q, const float* keys) { return fma(load_again(q), load(keys), sum); }
 
 inline vu load_pairs(const bf16* p) {
@@ -154,15 +154,15 @@ inline void add_four(const float* p, const bf16* values, int64_t Ep, int64_t e, 
 // The scores of a block of 16 keys.
 template <class Query, class Cache>
 inline void score_block(const Query* q, const Cache* keys, int64_t Ep, float* scores) {
-    for (int64_t part = 0; part < KEYS; part += W) {
+    for (int64_t part = 0; part < KEYS; part += LANES) {
         vf even[4] = {}, odd[4] = {};
         for (int64_t e = 0; e < Ep; e += 2 * PIECE<Cache>) {
             const Cache *first = keys + e * KEYS + part * PIECE<Cache>, *second = first + PIECE<Cache> * KEYS;
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) even[v] = add_piece(even[v], q + e, first + v * (W / 4) * PIECE<Cache>);
+            for (int v = 0; v < 4; ++v) even[v] = add_piece(even[v], q + e, first + v * (LANES / 4) * PIECE<Cache>);
 #pragma GCC unroll 4
             for (int v = 0; v < 4; ++v)
-                odd[v] = add_piece(odd[v], q + e + PIECE<Cache>, second + v * (W / 4) * PIECE<Cache>);
+                odd[v] = add_piece(odd[v], q + e + PIECE<Cache>, second + v * (LANES / 4) * PIECE<Cache>);
         }
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) even[v] += odd[v];
@@ -176,14 +176,14 @@ template <class Query>
 inline float soft_max(float* scores, int64_t n) {
     const int64_t end = round_up(n, KEYS);
     const vf none = splat(-INFINITY);
-    for (int64_t t = n / W * W; t < end; t += W)
+    for (int64_t t = n / LANES * LANES; t < end; t += LANES)
         store(scores + t, n > t ? first_of(load(scores + t), int(n - t), none) : none);
     vf most = none;
-    for (int64_t t = 0; t < end; t += W) most = max(most, load(scores + t));
+    for (int64_t t = 0; t < end; t += LANES) most = max(most, load(scores + t));
     const vf largest = splat(max_lane(most));
     vf total = zero();
     Query* p = reinterpret_cast<Query*>(scores);  // behind or at what is read
-    for (int64_t t = 0; t < end; t += W) {
+    for (int64_t t = 0; t < end; t += LANES) {
         const vf probability = exp(load(scores + t) - largest);
         store(p + t, probability);
         total += load(p + t);
@@ -199,25 +199,25 @@ inline void add_values(const Query* p, const Cache* values, int64_t Ep, int64_t 
     vf sum[2][V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-        sum[0][v] = begin ? load(sums + e + v * W) : zero();
-        sum[1][v] = begin ? load(sums + Ep + e + v * W) : zero();
+        sum[0][v] = begin ? load(sums + e + v * LANES) : zero();
+        sum[1][v] = begin ? load(sums + Ep + e + v * LANES) : zero();
     }
     int64_t t = begin;
     for (; t + 4 <= end; t += 4)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) add_four(p, values, Ep, e + v * W, t, sum[0][v], sum[1][v]);
+        for (int v = 0; v < V; ++v) add_four(p, values, Ep, e + v * LANES, t, sum[0][v], sum[1][v]);
     for (; t < end; ++t)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) add_one(p, values, Ep, e + v * W, t, sum[t & 1][v]);
+        for (int v = 0; v < V; ++v) add_one(p, values, Ep, e + v * LANES, t, sum[t & 1][v]);
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(sums + e + v * W, sum[0][v]), store(sums + Ep + e + v * W, sum[1][v]);
+    for (int v = 0; v < V; ++v) store(sums + e + v * LANES, sum[0][v]), store(sums + Ep + e + v * LANES, sum[1][v]);
 }
 
 template <class Query, class Cache>
 inline void add_values(const Query* p, const Cache* values, int64_t Ep, int64_t begin, int64_t end, float* sums) {
     int64_t e = 0;
-    for (; e + 4 * W <= Ep; e += 4 * W) add_values<4>(p, values, Ep, e, begin, end, sums);
-    if (e + 2 * W <= Ep) add_values<2>(p, values, Ep, e, begin, end, sums), e += 2 * W;
+    for (; e + 4 * LANES <= Ep; e += 4 * LANES) add_values<4>(p, values, Ep, e, begin, end, sums);
+    if (e + 2 * LANES <= Ep) add_values<2>(p, values, Ep, e, begin, end, sums), e += 2 * LANES;
     if (e < Ep) add_values<1>(p, values, Ep, e, begin, end, sums);
 }
 
@@ -225,29 +225,42 @@ inline Bytes attention_scratch(int64_t queries, int64_t Ep, int64_t Tp) {
     return Bytes{queries, false} * (Tp + 2 * Ep) + Bytes{round_up(queries, 16), false};
 }
 
-// q: `queries` rows of Ep, already scaled, `q_stride` apart; the first stands at `position` and sees the keys
-// 0 .. position. out: E operands a query, `out_stride` apart. scratch: attention_scratch() floats, 64-byte aligned.
+// The queries of one (row, head), and where their answers go.
 template <class Query, class Cache, class Operand>
-inline void attend(const Query* q, int64_t q_stride, int64_t queries, int64_t position, const Cache* keys,
-                   const Cache* values, int64_t E, int64_t Ep, int64_t Tp, float* scratch, Operand* out,
-                   int64_t out_stride) {
+struct Attention {
+    int64_t E, Ep, Tp;  // as in Shape
+    int64_t queries;    // the first stands at `position` and sees the keys 0 .. position
+    int64_t position;
+    const Query* q;  // rows of Ep, already scaled, `q_stride` apart
+    int64_t q_stride;
+    const Cache *keys, *values;
+    Operand* out;  // E operands a query, `out_stride` apart
+    int64_t out_stride;
+    float* scratch;  // attention_scratch() floats, 64-byte aligned
+};
+
+template <class Query, class Cache, class Operand>
+inline void attend(const Attention<Query, Cache, Operand>& job) {
+    const int64_t queries = job.queries, position = job.position, E = job.E, Ep = job.Ep, Tp = job.Tp;
+    float* scratch = job.scratch;
     float* sums = scratch + queries * Tp;
     float* totals = sums + queries * 2 * Ep;
     const int64_t blocks = (position + queries + KEYS - 1) / KEYS;
     for (int64_t b = 0; b < blocks; ++b)
         for (int64_t w = 0; w < queries; ++w)
-            score_block(q + w * q_stride, keys + b * Ep * KEYS, Ep, scratch + w * Tp + b * KEYS);
+            score_block(job.q + w * job.q_stride, job.keys + b * Ep * KEYS, Ep, scratch + w * Tp + b * KEYS);
     for (int64_t w = 0; w < queries; ++w) totals[w] = soft_max<Query>(scratch + w * Tp, position + w + 1);
     for (int64_t begin = 0; begin < position + queries; begin += VALUES)
         for (int64_t w = 0; w < queries; ++w) {
             const int64_t last = position + w + 1, end = begin + VALUES < last ? begin + VALUES : last;
             const Query* p = reinterpret_cast<const Query*>(scratch + w * Tp);
-            if (begin < end) add_values(p, values, Ep, begin, end, sums + w * 2 * Ep);
+            if (begin < end) add_values(p, job.values, Ep, begin, end, sums + w * 2 * Ep);
         }
     for (int64_t w = 0; w < queries; ++w) {
         const float *even = sums + w * 2 * Ep, *odd = even + Ep;
         const vf factor = splat(1.0f / totals[w]);
-        store_row(out + w * out_stride, E, [=](int64_t k, int) { return (load(even + k) + load(odd + k)) * factor; });
+        store_row(job.out + w * job.out_stride, E,
+                  [=](int64_t k, int) { return (load(even + k) + load(odd + k)) * factor; });
     }
 }
 

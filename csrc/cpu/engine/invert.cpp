@@ -56,17 +56,17 @@ void update(const Job& job, Range rows, int64_t i) {
     }
 }
 
-template <class P>
+template <class Precision>
 void run_stage(const Job& job, const Pass& p, int64_t stage) {
     const int64_t stages = p.plan.shape.L + 2, number = stage % stages;
     const Shape& s = p.plan.shape;
     if (number == 0) {
         const Tokens tokens = {job.x(0, p.position), s.T * s.D, 0, job.share, job.in.labels};
-        Stages<P>::embed(p, tokens);
+        Stages<Precision>::embed(p, tokens);
     } else if (number <= s.L) {
-        Stages<P>::layer(p, number - 1);
+        Stages<Precision>::layer(p, number - 1);
     } else {
-        Stages<P>::project_out(p);
+        Stages<Precision>::project_out(p);
         Range mine = p.team.mine(p.rows.size() / job.share);
         if (p.by_parts && panels(s.out) == 1)  // whoever made the one panel updates all rows: a meeting less
             mine = {0, p.team.mine(1).size() * (p.rows.size() / job.share)};
@@ -92,7 +92,7 @@ void note_waits(Workspace& space, double elapsed, double waited) {
 }
 
 // Runs from *stage until `limit` seconds have passed or the end is reached.
-template <class P>
+template <class Precision>
 void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads) {
     const tf_inversion& in = job.in;
     const int64_t stages = job.plan.shape.L + 2, begin = *stage;
@@ -110,31 +110,29 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
     // Two flags in turn: a slow thread may still read the one while the next is written.
     int64_t reached = begin, late[2] = {0, 0};
     double waited = 0.0;
-    run_teams(useful_threads(job.plan, threads, by_rows), by_rows, in.batch, job.share,
-              [&](Team team, int thread, Range rows) {
-                  Clock clock(in.clock ? in.clock + thread * TF_PARTS : nullptr);
-                  const Scratch& scratch = job.space.scratch[thread];
-                  const bool by_parts = share_sums(job.plan, team, rows.size());
-                  float* h = by_parts ? scratch.h : job.space.h;
-                  const size_t h_bytes = size_t(rows.size() * stride(job.plan.shape.C)) * sizeof(float);
-                  // The run that goes on from here may have another number of threads: between two, h is the workspace's.
-                  if (by_parts && begin % stages) memcpy(h, job.space.h, h_bytes);
-                  int64_t checks = 0;
-                  for (int64_t at = begin; at < stop; ++at) {
-                      const Pass p = {job.plan,    job.space,      team,     scratch,  rows, 1,
-                                      at / stages, in.query_scale, in.order, by_parts, h,    &clock};
-                      // Decided before the stage's own meetings, hence known to all after them.
-                      const bool check = !by_rows && !(by_parts && at % stages == 0);
-                      int64_t* flag = &late[(checks += check) & 1];
-                      if (check && team.rank == 0) __atomic_store_n(flag, seconds() - start > limit, __ATOMIC_RELEASE);
-                      run_stage<P>(job, p, at);
-                      if (team.rank == 0 && thread == 0) reached = at + 1;
-                      if (check && __atomic_load_n(flag, __ATOMIC_ACQUIRE)) break;
-                  }
-                  if (by_parts && team.rank == 0) memcpy(job.space.h, h, h_bytes);
-                  if (team.rank == 0 && team.size > 1)
-                      waited = 1e-9 * double(__atomic_load_n(&team.barrier->lost, __ATOMIC_RELAXED)) / (team.size - 1);
-              });
+    run_teams(useful_threads(job.plan, threads, by_rows), by_rows, in.batch, job.share, [&](const Member& member) {
+        const Team& team = member.team;
+        Clock clock(in.clock ? in.clock + member.thread * TF_PARTS : nullptr);
+        Pass p(job.plan, job.space, member, 1, &clock);
+        p.query_scale = in.query_scale, p.order = in.order;
+        const size_t h_bytes = size_t(p.rows.size() * stride(job.plan.shape.C)) * sizeof(float);
+        // The run that goes on from here may have another number of threads: between two, h is the workspace's.
+        if (p.by_parts && begin % stages) memcpy(p.h, job.space.h, h_bytes);
+        int64_t checks = 0;
+        for (int64_t at = begin; at < stop; ++at) {
+            p.position = at / stages;
+            // Decided before the stage's own meetings, hence known to all after them.
+            const bool check = !by_rows && !(p.by_parts && at % stages == 0);
+            int64_t* flag = &late[(checks += check) & 1];
+            if (check && team.rank == 0) __atomic_store_n(flag, seconds() - start > limit, __ATOMIC_RELEASE);
+            run_stage<Precision>(job, p, at);
+            if (team.rank == 0 && member.thread == 0) reached = at + 1;
+            if (check && __atomic_load_n(flag, __ATOMIC_ACQUIRE)) break;
+        }
+        if (p.by_parts && team.rank == 0) memcpy(job.space.h, p.h, h_bytes);
+        if (team.rank == 0 && team.size > 1)
+            waited = 1e-9 * double(__atomic_load_n(&team.barrier->lost, __ATOMIC_RELAXED)) / (team.size - 1);
+    });
     const double elapsed = seconds() - start;
     job.space.unit_seconds = elapsed / double(reached - begin);
     if (!by_rows && threads > 1) note_waits(job.space, elapsed, waited);

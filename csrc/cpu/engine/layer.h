@@ -28,8 +28,8 @@ struct Tokens {
 
 // Whether labels of n rows are below the number of classes, as far as there are any.
 inline bool are_labels(const Shape& s, const int64_t* labels, int64_t n) {
-    for (int64_t row = 0; labels && s.N && row < n; ++row)
-        if (labels[row] >= s.N) return false;
+    for (int64_t row = 0; labels && s.classes && row < n; ++row)
+        if (labels[row] >= s.classes) return false;
     return true;
 }
 
@@ -40,21 +40,42 @@ inline bool are_places(const Shape& s, const int32_t* order) {
     return true;
 }
 
+constexpr int64_t SMALL_PLAN = int64_t(8) << 20;  // bytes of weights that are read in little more than a meeting takes
+
+// Whether a team shares sums (Pass::by_parts) for so many activation rows. One row through 4 layers of C 128 in bf16
+// takes two threads of a Zen 5 10 us rather than 11, and while its two cores were far apart 17 rather than 21; at C 256
+// in fp32, 12 MB of weights, nothing is gained.
+inline bool share_sums(const Plan& plan, const Team& team, int64_t rows) {
+    return team.size > 1 && team.size <= plan.shape.parts && rows <= PART_ROWS && plan.bytes <= SMALL_PLAN;
+}
+
+// A pass as one thread sees it. Its caller says where it stands and what it is told: position, query_scale and order.
 struct Pass {
     const Plan& plan;
     Workspace& space;
-    Team team;
-    const Scratch& scratch;    // of this thread
-    Range rows;                // engine rows of this team
-    int64_t window;            // tokens a row, W
-    int64_t position;          // of the first of them, in net order
-    const float* query_scale;  // [R]: 1 over the temperature of the row; nullptr for 1
-    const int32_t* order;      // [T]: the row of pos_embed of a token of net order; nullptr: its own number
+    const Scratch& scratch;  // of this thread
+    const Team team;
+    const Range rows;      // engine rows of this team
+    const int64_t window;  // tokens a row, W
     // Threads share the sums over the inputs of proj and fc2 rather than their columns: each multiplies what it has
     // made itself, and keeps all of h. Two meetings a layer instead of four; for few rows, whose sums are few.
-    bool by_parts;
-    float* h;      // [m][stride(C)]
-    Clock* clock;  // of this thread
+    const bool by_parts;
+    float* const h;                      // [m][stride(C)]
+    Clock* const clock;                  // of this thread
+    int64_t position = 0;                // of the first token of the window, in net order
+    const float* query_scale = nullptr;  // [R]: 1 over the temperature of the row; nullptr for 1
+    const int32_t* order = nullptr;      // [T]: the row of pos_embed of a token of net order; nullptr: its own number
+
+    Pass(const Plan& plan, Workspace& space, const Member& member, int64_t window, Clock* clock)
+        : plan(plan),
+          space(space),
+          scratch(space.scratch[member.thread]),
+          team(member.team),
+          rows(member.rows),
+          window(window),
+          by_parts(share_sums(plan, team, rows.size() * window)),
+          h(by_parts ? scratch.h : space.h),
+          clock(clock) {}
 
     // All of the team have come here.
     void meet() const {
@@ -69,10 +90,10 @@ struct Pass {
     int64_t row_of(int64_t m) const { return window == 1 ? m : m / window; }
 };
 
-template <class P>
+template <class Precision>
 struct Stages {
-    typedef typename P::Operand Operand;
-    typedef typename P::Cache Cache;
+    typedef typename Precision::Operand Operand;
+    typedef typename Precision::Cache Cache;
     typedef typename QueryOf<Cache>::Type Query;
 
     // Panels `mine` of m applied to the activation rows of the team, a block of rows at a time; load(begin, end) gives
@@ -83,24 +104,27 @@ struct Stages {
         if (mine.size() <= 0) return;
         const int64_t first = p.rows.begin * p.window, count = p.rows.size() * p.window;
         const int64_t blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
+        Product work = {};
+        work.matrix = &m, work.stride = operand_stride;
+        work.first = mine.begin, work.last = mine.end, work.part = part;
+        work.y = p.scratch.y, work.context = &done;
+        work.finish = [](void* context, const Tile& tile) { (*static_cast<Done*>(context))(tile); };
         for (int64_t b = 0; b < blocks; ++b) {
             const Range block = share(count, b, blocks);
-            const int64_t begin = first + block.begin;
-            const void* operands = load(begin, begin + block.size());
-            matmul(
-                m, operands, operand_stride, begin, block.size(), mine.begin, mine.end, part, p.scratch.y,
-                [](void* context, const Tile& tile) { (*static_cast<Done*>(context))(tile); }, &done);
+            work.row = first + block.begin, work.rows = block.size();
+            work.operands = load(work.row, work.row + work.rows);
+            matmul(work);
         }
     }
 
-    // f(y, m, column, n) for every W columns (n < W at the ragged end) of every row of a tile of `width` columns.
-    template <class F>
-    static void each(const Tile& tile, int64_t width, F f) {
+    // f(y, m, column, n) for every LANES columns (n < LANES at the ragged end) of every row of a tile of `width` columns.
+    template <class Function>
+    static void each(const Tile& tile, int64_t width, Function f) {
         const int64_t first = tile.panel * PANEL, end = width - first < PANEL ? width - first : PANEL;
         for (int64_t r = 0; r < tile.rows; ++r) {
             const float* y = tile.y + r * PANEL;
             int64_t c = 0;
-            for (; c + W <= end; c += W) f(load(y + c), tile.row + r, first + c, W);
+            for (; c + LANES <= end; c += LANES) f(load(y + c), tile.row + r, first + c, LANES);
             if (c < end) f(load(y + c), tile.row + r, first + c, int(end - c));
         }
     }
@@ -133,9 +157,9 @@ struct Stages {
                 const int64_t row = p.row_of(m), at = p.position + m - row * p.window;
                 const float* pos = p.plan.pos + (p.order ? p.order[at] : at) * s.C;
                 y += load_part(pos + c, n);
-                if (s.N) y += load_part(tokens.class_embedding(p.plan, row) + c, n);
+                if (s.classes) y += load_part(tokens.class_embedding(p.plan, row) + c, n);
                 float* h = p.h + m * stride(s.C) + c;
-                n == W ? store(h, y) : store(h, y, n);
+                n == LANES ? store(h, y) : store(h, y, n);
             });
         });
         p.clock->mark(TF_PART_IN);
@@ -171,7 +195,7 @@ struct Stages {
                     store_key(keys(p, layer, row, head), s.Ep, e, t, y);
                 } else {
                     Cache* values = keys(p, layer, row, head) + s.Tp * s.Ep;
-                    for (int k = 0; k < 16; k += W) store_value(values, s.Ep, e + k, t, load(y + k));
+                    for (int k = 0; k < 16; k += LANES) store_value(values, s.Ep, e + k, t, load(y + k));
                 }
             }
         }
@@ -180,11 +204,17 @@ struct Stages {
     // One (row, head): all its queries.
     static void attend_one(const Pass& p, int64_t layer, int64_t row, int64_t head) {
         const Shape& s = p.plan.shape;
-        const int64_t m = row * p.window, q_stride = stride(s.H * s.Ep);
-        const Cache* k = keys(p, layer, row, head);
-        Operand* out = static_cast<Operand*>(p.space.mixed) + m * stride(s.C) + head * s.E;
-        attend(static_cast<const Query*>(p.space.q) + m * q_stride + head * s.Ep, q_stride, p.window, p.position, k,
-               k + s.Tp * s.Ep, s.E, s.Ep, s.Tp, p.scratch.attention, out, stride(s.C));
+        const int64_t m = row * p.window;
+        Attention<Query, Cache, Operand> job = {};
+        job.E = s.E, job.Ep = s.Ep, job.Tp = s.Tp;
+        job.queries = p.window, job.position = p.position;
+        job.q_stride = stride(s.H * s.Ep);
+        job.q = static_cast<const Query*>(p.space.q) + m * job.q_stride + head * s.Ep;
+        job.keys = keys(p, layer, row, head), job.values = job.keys + s.Tp * s.Ep;
+        job.out_stride = stride(s.C);
+        job.out = static_cast<Operand*>(p.space.mixed) + m * job.out_stride + head * s.E;
+        job.scratch = p.scratch.attention;
+        attend(job);
     }
 
     static void attention(const Pass& p, int64_t layer) {
@@ -221,7 +251,7 @@ struct Stages {
         product(p, matrix, p.team.mine(panels(s.C)), operand_stride, load_rows, [&](const Tile& tile) {
             each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
                 float* h = p.h + m * stride(s.C) + c;
-                n == W ? store(h, load(h) + y) : store(h, load(h, n) + y, n);
+                n == LANES ? store(h, load(h) + y) : store(h, load(h, n) + y, n);
             });
         });
         p.clock->mark(part);
@@ -243,7 +273,7 @@ struct Stages {
                 [&](const Tile& tile) {
                     each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
                         float* sum = sums + number * each_part + m * stride(s.C) + c;
-                        n == W ? store(sum, y) : store(sum, y, n);
+                        n == LANES ? store(sum, y) : store(sum, y, n);
                     });
                 },
                 number);
@@ -271,7 +301,7 @@ struct Stages {
             [&](const Tile& tile) {
                 each(tile, s.F, [&](vf y, int64_t m, int64_t c, int n) {
                     Operand* hidden = static_cast<Operand*>(p.space.hidden) + m * stride(s.F) + c;
-                    n == W ? store(hidden, gelu(y)) : store(hidden, gelu(y), n);
+                    n == LANES ? store(hidden, gelu(y)) : store(hidden, gelu(y), n);
                 });
             });
         p.clock->mark(TF_PART_FC1);
@@ -286,7 +316,7 @@ struct Stages {
         product(p, p.plan.out, p.team.mine(panels(s.out)), stride(s.C), load_rows, [&](const Tile& tile) {
             each(tile, s.out, [&](vf y, int64_t m, int64_t c, int n) {
                 float* ab = p.space.ab + m * stride(s.out) + c;
-                n == W ? store(ab, y) : store(ab, y, n);
+                n == LANES ? store(ab, y) : store(ab, y, n);
             });
         });
         p.clock->mark(TF_PART_OUT);

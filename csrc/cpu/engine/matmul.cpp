@@ -11,14 +11,14 @@ constexpr int MAX_ROWS = 6;
 // How many vectors of columns a tile of M rows has: all accumulators, one row of weights and a factor stay in
 // registers.
 constexpr int columns_of(int M) {
-    if (W == 16) return 4;
+    if (LANES == 16) return 4;
     if (M == 1) return 8;
     return M <= 3 ? 4 : 2;
 }
 
 // Whether a row of weights is held in registers beside the accumulators: with 16 registers there is not always room.
 template <int M, int V>
-constexpr bool held = M > 1 && (M + 1) * V < (W == 16 ? 32 : 16);
+constexpr bool held = M > 1 && (M + 1) * V < (LANES == 16 ? 32 : 16);
 
 // step(): the products of one stored row of weights, V vectors from w on, with M rows of a; INPUTS inputs. After RUN
 // steps the sums are added to the total and start again at 0: the rounding error of long sums is a third of one
@@ -35,7 +35,7 @@ struct MathF32 {
         vf row[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
-            row[v] = load(w + v * W);
+            row[v] = load(w + v * LANES);
             if (held<M, V>) hold(row[v]);
         }
 #pragma GCC unroll 16
@@ -60,7 +60,7 @@ struct MathBf16 {
         __m512bh row[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
-            __m512i pairs = _mm512_loadu_si512(w + 2 * v * W);
+            __m512i pairs = _mm512_loadu_si512(w + 2 * v * LANES);
             if (held<M, V>) hold(pairs);  // as integers: some compilers know no register for 16-bit floats
             row[v] = (__m512bh)pairs;
         }
@@ -77,7 +77,7 @@ struct MathBf16 {
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
             vu pair;
-            memcpy(&pair, w + 2 * v * W, sizeof pair);
+            memcpy(&pair, w + 2 * v * LANES, sizeof pair);
             even[v] = bits<vf>(pair << 16), odd[v] = bits<vf>(pair & 0xffff0000u);
         }
 #pragma GCC unroll 16
@@ -102,7 +102,7 @@ struct MathInt8 {
 #elif defined(__AVX2__)
         return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)w)));
 #else
-        typedef int8_t small __attribute__((vector_size(W)));
+        typedef int8_t small __attribute__((vector_size(LANES)));
         small q;
         memcpy(&q, w, sizeof q);
         return __builtin_convertvector(__builtin_convertvector(q, vi), vf);
@@ -114,7 +114,7 @@ struct MathInt8 {
                                                            const Weight* w) {
         vf row[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) row[v] = widen(w + v * W);
+        for (int v = 0; v < V; ++v) row[v] = widen(w + v * LANES);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const vf factor = splat(a[m * stride]);
@@ -131,15 +131,30 @@ struct Ends {
     const float *scale, *bias;  // of the panel; used at the end
 };
 
-// One row tile of one panel over one chunk. LINES: cache lines from `ahead` on fetched every step, weights that will be
-// needed next: tiles after the first find their own in the cache, and would leave the memory idle.
+// One row tile of one panel over one chunk of inputs.
+struct TileJob {
+    const void* operands;  // rows `stride` apart
+    int64_t stride;
+    const void* weights;
+    int64_t steps;
+    const Ends* ends;
+    float* y;           // the sum of the parts before, and of all of them at the end
+    float* of_part;     // the sum of this part so far
+    const char* ahead;  // weights that will be needed next
+};
+
+// LINES: cache lines from `ahead` on fetched every step: tiles after the first find their own in the cache, and would
+// leave the memory idle.
 template <class Math, int M, int LINES>
-void tile(const void* operands, int64_t stride, const void* weights, int64_t steps, const Ends& ends, float* y,
-          float* part, const char* ahead) {
+void tile(const TileJob& job) {
+    const int64_t stride = job.stride, steps = job.steps;
+    const Ends& ends = *job.ends;  // not a copy: with one, g++ 12 makes the code of a tile half as long again
+    float *const y = job.y, *const of_part = job.of_part;
+    const char* ahead = job.ahead;
     constexpr int V = columns_of(M);
-    for (int column = 0; column < PANEL; column += V * W) {
-        const auto* w = static_cast<const typename Math::Weight*>(weights) + column * Math::INPUTS;
-        const auto* a = static_cast<const typename Math::Operand*>(operands);
+    for (int column = 0; column < PANEL; column += V * LANES) {
+        const auto* w = static_cast<const typename Math::Weight*>(job.weights) + column * Math::INPUTS;
+        const auto* a = static_cast<const typename Math::Operand*>(job.operands);
         for (int64_t done = 0; done < steps; done += Math::RUN) {
             const bool first = ends.first && done == 0, last = ends.last && done + Math::RUN >= steps;
             const int64_t run = steps - done < Math::RUN ? steps - done : Math::RUN;
@@ -160,18 +175,18 @@ void tile(const void* operands, int64_t stride, const void* weights, int64_t ste
             for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
                 for (int v = 0; v < V; ++v) {
-                    const int64_t at = m * PANEL + column + v * W;
-                    vf value = first ? sum[m][v] : load(part + at) + sum[m][v];
+                    const int64_t at = m * PANEL + column + v * LANES;
+                    vf value = first ? sum[m][v] : load(of_part + at) + sum[m][v];
                     if (last && !ends.start) value = load(y + at) + value;
-                    if (last && ends.end && ends.scale) value = value * load(ends.scale + column + v * W);
-                    if (last && ends.end) value = value + load(ends.bias + column + v * W);
-                    store((last ? y : part) + at, value);
+                    if (last && ends.end && ends.scale) value = value * load(ends.scale + column + v * LANES);
+                    if (last && ends.end) value = value + load(ends.bias + column + v * LANES);
+                    store((last ? y : of_part) + at, value);
                 }
         }
     }
 }
 
-typedef void (*TileOf)(const void*, int64_t, const void*, int64_t, const Ends&, float*, float*, const char*);
+typedef void (*TileOf)(const TileJob& job);
 
 template <class Math, int LINES>
 TileOf choose(int64_t rows) {
@@ -192,26 +207,29 @@ TileOf choose(int64_t rows) {
 }
 
 template <class Math>
-void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row, int64_t rows, int64_t first,
-              int64_t last, int64_t part, float* y, Finish finish, void* context) {
+void multiply(const Product& product) {
     typedef typename Math::Weight Weight;
-    const auto* a = static_cast<const typename Math::Operand*>(operands);
+    const Matrix& m = *product.matrix;
+    const auto* operands = static_cast<const typename Math::Operand*>(product.operands);
     const Weight* weights = static_cast<const Weight*>(m.weights);
+    const int64_t rows = product.rows, stride = product.stride, part = product.part;
     const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     constexpr int64_t SHARED = CHUNK_BYTES / PANEL / int64_t(sizeof(Weight));
     static_assert(SHARED % (Math::RUN * Math::INPUTS) == 0, "a chunk is whole runs");
-    float* of_part = y + rows * PANEL;
+    float *const y = product.y, *const of_part = y + rows * PANEL;
     const bool whole = part == ALL;
     const int64_t from = whole ? 0 : part, to = whole ? m.parts : part + 1;
-    for (int64_t panel = first; panel < last; ++panel) {
-        const float* scale = m.scale ? m.scale + panel * PANEL : nullptr;
+    for (int64_t panel = product.first; panel < product.last; ++panel) {
+        Ends ends = {};
+        ends.scale = m.scale ? m.scale + panel * PANEL : nullptr;
+        ends.bias = m.bias + panel * PANEL;
         for (int64_t each_part = from; each_part < to; ++each_part) {
             const int64_t begin_k = each_part ? m.ends[each_part - 1] : 0, end_k = m.ends[each_part];
             const int64_t chunk = tiles == 1 ? end_k - begin_k : SHARED;
+            ends.start = each_part == from, ends.end = whole && each_part + 1 == to;
             for (int64_t k = begin_k; k < end_k; k += chunk) {
                 const int64_t inputs = end_k - k < chunk ? end_k - k : chunk, steps = inputs / Math::INPUTS;
-                const Ends ends = {k == begin_k, k + inputs == end_k,   each_part == from, whole && each_part + 1 == to,
-                                   scale,        m.bias + panel * PANEL};
+                ends.first = k == begin_k, ends.last = k + inputs == end_k;
                 const Weight* w = weights + panel * m.inputs * PANEL + k * PANEL;
                 // What follows in memory is what comes next; past the last panel of this share it may be another
                 // thread's, or nobody's (fetching ahead never faults).
@@ -219,37 +237,39 @@ void multiply(const Matrix& m, const void* operands, int64_t stride, int64_t row
                 const int64_t lines = inputs * PANEL * int64_t(sizeof(Weight)) / 64;
                 for (int64_t t = 0; t < tiles; ++t) {
                     const int64_t begin = rows * t / tiles, height = rows * (t + 1) / tiles - begin;
-                    const char* ahead = next + lines * t / tiles * 64;
                     const int64_t each = (lines / tiles + steps - 1) / steps;
                     TileOf run = each >= 2 ? choose<Math, 2>(height) : choose<Math, 1>(height);
+                    TileJob job = {};
+                    job.operands = operands + begin * stride + k, job.stride = stride;
+                    job.weights = w, job.steps = steps, job.ends = &ends;
+                    job.y = y + begin * PANEL, job.of_part = of_part + begin * PANEL;
+                    job.ahead = next + lines * t / tiles * 64;
                     if (tiles == 1) {  // it meets its weights first, in order: the machine fetches ahead by itself
                         // (a part alone is short, and what follows it is another thread's)
                         run = Math::AHEAD && whole ? choose<Math, 1>(height) : choose<Math, 0>(height);
-                        ahead = reinterpret_cast<const char*>(w) + Math::AHEAD;
+                        job.ahead = reinterpret_cast<const char*>(w) + Math::AHEAD;
                     }
-                    run(a + begin * stride + k, stride, w, steps, ends, y + begin * PANEL, of_part + begin * PANEL,
-                        ahead);
+                    run(job);
                 }
             }
         }
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-            finish(context, {row + begin, end - begin, panel, y + begin * PANEL});
+            product.finish(product.context, {product.row + begin, end - begin, panel, y + begin * PANEL});
         }
     }
 }
 
 }  // namespace
 
-void matmul(const Matrix& m, const void* a, int64_t stride, int64_t row, int64_t rows, int64_t first, int64_t last,
-            int64_t part, float* y, Finish finish, void* context) {
-    switch (m.storage) {
+void matmul(const Product& product) {
+    switch (product.matrix->storage) {
         case STORE_F32:
-            return multiply<MathF32>(m, a, stride, row, rows, first, last, part, y, finish, context);
+            return multiply<MathF32>(product);
         case STORE_BF16:
-            return multiply<MathBf16>(m, a, stride, row, rows, first, last, part, y, finish, context);
+            return multiply<MathBf16>(product);
         case STORE_INT8:
-            return multiply<MathInt8>(m, a, stride, row, rows, first, last, part, y, finish, context);
+            return multiply<MathInt8>(product);
     }
 }
 

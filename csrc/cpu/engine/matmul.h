@@ -30,11 +30,21 @@ struct Tile {
 
 typedef void (*Finish)(void* context, const Tile& tile);
 
-// Rows row .. row + rows of a, starting at a itself (operands of the matrix's kind, `stride` apart), times panels
-// first .. last, each tile handed to `finish`. y: 2 * rows * PANEL floats, rows <= ROW_BLOCK. part: ALL, or the sum
-// of one part alone, without scale and bias.
 constexpr int64_t ALL = -1;
-void matmul(const Matrix& m, const void* a, int64_t stride, int64_t row, int64_t rows, int64_t first, int64_t last,
-            int64_t part, float* y, Finish finish, void* context);
+
+// Rows of activations times panels of a matrix, each tile handed to `finish`.
+struct Product {
+    const Matrix* matrix;
+    const void* operands;  // of the matrix's kind: `rows` rows, `stride` apart
+    int64_t stride;
+    int64_t row, rows;    // the number of the first row, for `finish`; how many there are, at most ROW_BLOCK
+    int64_t first, last;  // panels first .. last
+    int64_t part;         // ALL, or the one part whose sum alone is asked for, without scale and bias
+    float* y;             // room for 2 * rows * PANEL floats
+    Finish finish;
+    void* context;  // of `finish`
+};
+
+void matmul(const Product& product);
 
 }  // namespace tf::TF_ISA

@@ -8,13 +8,13 @@ namespace {
 constexpr float NORM_EPS = 1e-5f;
 
 // Sum of f(k, n) over whole vectors and the tail; f gives 0 in lanes past n.
-template <class F>
-inline float sum_row(int64_t n, F f) {
+template <class Function>
+inline float sum_row(int64_t n, Function f) {
     vf parts[4] = {};
     int64_t k = 0;
-    for (; k + 4 * W <= n; k += 4 * W)
-        for (int j = 0; j < 4; ++j) parts[j] += f(k + j * W, W);
-    for (; k + W <= n; k += W) parts[0] += f(k, W);
+    for (; k + 4 * LANES <= n; k += 4 * LANES)
+        for (int j = 0; j < 4; ++j) parts[j] += f(k + j * LANES, LANES);
+    for (; k + LANES <= n; k += LANES) parts[0] += f(k, LANES);
     if (k < n) parts[1] += f(k, int(n - k));
     return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
@@ -26,7 +26,7 @@ inline void layer_norm(const float* x, const float* gain, const float* shift, in
     const vf ones = splat(1.0f);
     const float square = sum_row(n, [=](int64_t k, int m) {
         vf d = load_part(x + k, m) - mean;
-        if (m < W) d = first_of(d, m, zero());
+        if (m < LANES) d = first_of(d, m, zero());
         return d * d;
     });
     const vf inverse = ones / sqrt(splat(square / float(n) + NORM_EPS));

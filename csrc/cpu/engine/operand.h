@@ -70,14 +70,14 @@ struct PrecisionInt8 {
 };
 
 // y[0..n) = v's of f(k) for whole vectors and the tail.
-template <class T, class F>
-inline void store_row(T* y, int64_t n, F f) {
+template <class Type, class Function>
+inline void store_row(Type* y, int64_t n, Function f) {
     int64_t k = 0;
-    for (; k + W <= n; k += W) store(y + k, f(k, W));
+    for (; k + LANES <= n; k += LANES) store(y + k, f(k, LANES));
     if (k < n) store(y + k, f(k, int(n - k)), int(n - k));
 }
 
-inline vf load_part(const float* p, int n) { return n == W ? load(p) : load(p, n); }
+inline vf load_part(const float* p, int n) { return n == LANES ? load(p) : load(p, n); }
 
 }  // namespace
 }  // namespace tf::TF_ISA

@@ -22,14 +22,14 @@ inline void note_finite(vu& bad, vf v) { bad |= (bits<vu>(v) & 0x7fffffffu) + 0x
 
 inline bool finite(vu bad) {
     uint32_t any = 0;
-    for (int k = 0; k < W; ++k) any |= bad[k];
+    for (int k = 0; k < LANES; ++k) any |= bad[k];
     return any < 0x80000000u;
 }
 
 // What is left of n at k, as a vector; zeros past n, nothing read there.
-template <class E>
-inline vf load_left(const E* p, int64_t k, int64_t n) {
-    return n - k >= W ? load(p + k) : n > k ? load(p + k, int(n - k)) : zero();
+template <class Element>
+inline vf load_left(const Element* p, int64_t k, int64_t n) {
+    return n - k >= LANES ? load(p + k) : n > k ? load(p + k, int(n - k)) : zero();
 }
 
 // Rows first .. first + count of a Linear: where 16 columns come from, the last of which are zeros where count < 16.
@@ -72,15 +72,15 @@ struct Item {
 
 constexpr int GROUPS = PANEL / 16;
 
-// Packs one panel of elements E as S.
-template <class E, Storage S>
+// Packs one panel of weights of type Element as STORAGE.
+template <class Element, Storage STORAGE>
 struct Packer {
     // A word holds a float, a pair of bf16, or an int8; a tile is 16 words of each of 16 columns.
-    static constexpr int64_t A_WORD = S == STORE_BF16 ? 2 : 1, TILE = 16 * A_WORD;
+    static constexpr int64_t A_WORD = STORAGE == STORE_BF16 ? 2 : 1, TILE = 16 * A_WORD;
 
     // The rows of 16 columns.
     struct Group {
-        const E* data;
+        const Element* data;
         int count;
         int64_t inputs;
     };
@@ -98,16 +98,16 @@ struct Packer {
     static Group group(const Item& item, int g) {
         const Rows rows = item.rows(g);
         if (rows.count == 0) return {};
-        const E* weights = static_cast<const E*>(item.job.weight.data);
+        const Element* weights = static_cast<const Element*>(item.job.weight.data);
         return {weights + rows.first * item.job.inputs, rows.count, item.job.inputs};
     }
 
-    static inline void words(const E* row, int64_t k, int64_t n, float scale, uint32_t* out, vu& bad) {
-        for (int at = 0; at < TILE; at += W) {
+    static inline void words(const Element* row, int64_t k, int64_t n, float scale, uint32_t* out, vu& bad) {
+        for (int at = 0; at < TILE; at += LANES) {
             const vf v = load_left(row, k + at, n);
-            if (S == STORE_F32) {
+            if (STORAGE == STORE_F32) {
                 memcpy(out + at, &v, sizeof v);
-            } else if (S == STORE_BF16) {
+            } else if (STORAGE == STORE_BF16) {
                 const vh h = narrow_bf16(v);
                 memcpy(out + at / 2, &h, sizeof h);
             } else {
@@ -123,7 +123,7 @@ struct Packer {
     // fp32 took 16 ms with those of the next panel, so 11). Inlined: compilers drop calls that only fetch.
     static inline __attribute__((always_inline)) void fetch(const Group& from, int64_t k) {
         for (int i = 0; i < from.count; ++i)
-            for (int64_t at = k; at < k + TILE; at += 64 / int64_t(sizeof(E)))
+            for (int64_t at = k; at < k + TILE; at += 64 / int64_t(sizeof(Element)))
                 __builtin_prefetch(from.data + i * from.inputs + at, 0, 2);
     }
 
@@ -131,7 +131,7 @@ struct Packer {
     void tile(int g, int64_t k) {
         const Matrix& m = *job.matrix;
         alignas(64) uint32_t read[16][16], turned[16][16];
-        if (S == STORE_INT8)
+        if (STORAGE == STORE_INT8)
             fetch(g + 1 < GROUPS ? groups[g + 1] : next[0], k);
         else if (k + PART < job.inputs)
             fetch(groups[g], k + PART);
@@ -145,11 +145,11 @@ struct Packer {
         bad |= found;
         const int64_t left = (m.inputs - k) / A_WORD, lines = left < 16 ? left : 16, at = panel * m.inputs * PANEL;
         uint32_t* packed =
-            S == STORE_INT8 ? nullptr : static_cast<uint32_t*>(m.weights) + (at + k * PANEL) / A_WORD + g * 16;
+            STORAGE == STORE_INT8 ? nullptr : static_cast<uint32_t*>(m.weights) + (at + k * PANEL) / A_WORD + g * 16;
         if (packed && lines == 16) return transpose16(read[0], 16, packed, PANEL);
         transpose16(read[0], 16, turned[0], 16);
         for (int64_t j = 0; j < lines; ++j) {
-            if (S == STORE_INT8) {
+            if (STORAGE == STORE_INT8) {
                 int8_t narrow[16];  // not straight to the weights: bytes may be anything, and then go one by one
                 for (int i = 0; i < 16; ++i) narrow[i] = int8_t(turned[j][i]);
                 memcpy(static_cast<int8_t*>(m.weights) + at + (k + j) * PANEL + g * 16, narrow, sizeof narrow);
@@ -164,7 +164,7 @@ struct Packer {
         const Group& from = groups[g];
         for (int i = 0; i < 16; ++i) {
             vf column = {};
-            for (int64_t k = 0; i < from.count && k < from.inputs; k += W) {
+            for (int64_t k = 0; i < from.count && k < from.inputs; k += LANES) {
                 const vf v = load_left(from.data + i * from.inputs, k, from.inputs);
                 column = max(column, max(v, -v));
             }
@@ -177,7 +177,7 @@ struct Packer {
     // Whether all weights were finite.
     bool run() {
         const int64_t inputs = job.matrix->inputs;
-        if (S == STORE_INT8)  // reads its rows twice: few at a time, which stay in the cache
+        if (STORAGE == STORE_INT8)  // reads its rows twice: few at a time, which stay in the cache
             for (int g = 0; g < GROUPS; ++g) {
                 find_scales(g);
                 for (int64_t k = 0; k < inputs; k += TILE) tile(g, k);
@@ -190,25 +190,25 @@ struct Packer {
     }
 };
 
-template <class E>
+template <class Element>
 bool pack_weights(const Item& item, const Item& next) {
     switch (item.job.matrix->storage) {
         case STORE_F32:
-            return Packer<E, STORE_F32>(item, next).run();
+            return Packer<Element, STORE_F32>(item, next).run();
         case STORE_BF16:
-            return Packer<E, STORE_BF16>(item, next).run();
+            return Packer<Element, STORE_BF16>(item, next).run();
         default:
-            return Packer<E, STORE_INT8>(item, next).run();
+            return Packer<Element, STORE_INT8>(item, next).run();
     }
 }
 
 // n floats from element `first` on; true when all are finite.
-template <class E>
+template <class Element>
 bool read(const void* data, int64_t first, int64_t n, float* y) {
-    const E* x = static_cast<const E*>(data) + first;
+    const Element* x = static_cast<const Element*>(data) + first;
     vu bad = {};
     store_row(y, n, [&](int64_t k, int m) {
-        const vf v = m == W ? load(x + k) : load(x + k, m);
+        const vf v = m == LANES ? load(x + k) : load(x + k, m);
         note_finite(bad, v);
         return v;
     });
@@ -261,25 +261,27 @@ void mean_of_rows(const float* rows, int64_t n, int64_t C, float* mean) {
 
 }  // namespace
 
-int test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K,
-                int precision) {
+int test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t rows, int64_t columns,
+                int64_t inputs, int precision) {
     const Storage storage = Storage(precision);
     Matrix m = {};
-    m.inputs = storage == STORE_BF16 ? round_up(K, 2) : K, m.columns = panels(N) * PANEL, m.storage = storage;
+    m.inputs = storage == STORE_BF16 ? round_up(inputs, 2) : inputs, m.columns = panels(columns) * PANEL,
+    m.storage = storage;
     m.parts = 1, m.ends[0] = m.inputs;
-    const int64_t bytes = (m.inputs + 2) * m.columns * 4 + M * stride(K) * 4 + 2 * ROW_BLOCK * PANEL * 4;
+    const int64_t bytes = (m.inputs + 2) * m.columns * 4 + rows * stride(inputs) * 4 + 2 * ROW_BLOCK * PANEL * 4;
     char* memory = static_cast<char*>(allocate(bytes));
     if (!memory) return TF_NO_MEMORY;
     m.weights = memory;
     m.bias = reinterpret_cast<float*>(memory + m.inputs * m.columns * 4);
     m.scale = storage == STORE_INT8 ? m.bias + m.columns : nullptr;
     char* operands = reinterpret_cast<char*>(m.bias + 2 * m.columns);
-    float* room = reinterpret_cast<float*>(operands + M * stride(K) * 4);
-    const Job job = {&m, {w, TF_F32, 0}, {bias, TF_F32, 1}, {nullptr, N}, K};
-    for (int64_t panel = 0; panel < panels(N); ++panel) pack_panel({job, panel}, {job, panel});
+    float* room = reinterpret_cast<float*>(operands + rows * stride(inputs) * 4);
+    const Job job = {&m, {w, TF_F32, 0}, {bias, TF_F32, 1}, {nullptr, columns}, inputs};
+    for (int64_t panel = 0; panel < panels(columns); ++panel) pack_panel({job, panel}, {job, panel});
     const auto fill = [=](auto* a) {
-        for (int64_t r = 0; r < M; ++r)
-            store_row(a + r * stride(K), K, [=](int64_t k, int n) { return load_part(x + r * K + k, n); });
+        for (int64_t r = 0; r < rows; ++r)
+            store_row(a + r * stride(inputs), inputs,
+                      [=](int64_t k, int n) { return load_part(x + r * inputs + k, n); });
     };
     int64_t size = 4;
     if (storage == STORE_BF16) {
@@ -290,19 +292,22 @@ int test_matmul(const float* x, const float* w, const float* bias, float* y, int
     }
     struct Out {
         float* y;
-        int64_t N;
-    } out = {y, N};
-    for (int64_t row = 0; row < M; row += ROW_BLOCK) {
-        const int64_t rows = M - row < ROW_BLOCK ? M - row : ROW_BLOCK;
-        matmul(
-            m, operands + row * stride(K) * size, stride(K), row, rows, 0, panels(N), ALL, room,
-            [](void* context, const Tile& tile) {
-                const Out& to = *static_cast<Out*>(context);
-                for (int64_t r = 0; r < tile.rows; ++r)
-                    for (int64_t c = 0; c < PANEL && tile.panel * PANEL + c < to.N; ++c)
-                        to.y[(tile.row + r) * to.N + tile.panel * PANEL + c] = tile.y[r * PANEL + c];
-            },
-            &out);
+        int64_t columns;
+    } out = {y, columns};
+    for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
+        Product product = {};
+        product.matrix = &m;
+        product.operands = operands + row * stride(inputs) * size, product.stride = stride(inputs);
+        product.row = row, product.rows = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
+        product.first = 0, product.last = panels(columns), product.part = ALL;
+        product.y = room, product.context = &out;
+        product.finish = [](void* context, const Tile& tile) {
+            const Out& to = *static_cast<Out*>(context);
+            for (int64_t r = 0; r < tile.rows; ++r)
+                for (int64_t c = 0; c < PANEL && tile.panel * PANEL + c < to.columns; ++c)
+                    to.y[(tile.row + r) * to.columns + tile.panel * PANEL + c] = tile.y[r * PANEL + c];
+        };
+        matmul(product);
     }
     release(memory, bytes);
     return TF_OK;
@@ -344,10 +349,10 @@ int plan_pack(tf_plan* handle, const void* const* tensors, int dtype, int thread
         note(pack_vector(source(at + 6), 1.0f, s.C, plan.layers[l].norm2.gain));
         note(pack_vector(source(at + 7), 0.0f, s.C, plan.layers[l].norm2.shift));
     }
-    if (s.N) {
+    if (s.classes) {
         float* embeddings = plan.classes + s.C;
-        note(pack_vector(source(FIRST + LAYER * s.L), 0.0f, s.N * s.C, embeddings));
-        mean_of_rows(embeddings, s.N, s.C, plan.classes);
+        note(pack_vector(source(FIRST + LAYER * s.L), 0.0f, s.classes * s.C, embeddings));
+        mean_of_rows(embeddings, s.classes, s.C, plan.classes);
     }
     // Items are the panels of one layer; the ends count as a layer of their own. An item finds its matrix by counting.
     const int64_t qkv = s.groups * s.group_panels, proj = panels(s.C), fc1 = panels(s.F), fc2 = panels(s.C);

@@ -3,37 +3,25 @@
 namespace tf::TF_ISA {
 namespace {
 
-template <class P>
+template <class Precision>
 void run_pass(const Plan& plan, Workspace& space, const tf_pass_arguments& job, int threads) {
     const Shape& s = plan.shape;
     const int64_t share = job.guided ? 2 : 1, source_rows = job.rows / share;
     const Tokens tokens = {job.tokens, job.window * s.D, s.D, share, job.labels};
     const bool by_rows = rows_over_threads(plan, job.rows * job.window, source_rows, threads, job.split);
-    run_teams(useful_threads(plan, threads, by_rows), by_rows, source_rows, share,
-              [&](Team team, int thread, Range rows) {
-                  Clock clock(nullptr);
-                  const Scratch& scratch = space.scratch[thread];
-                  const bool by_parts = share_sums(plan, team, rows.size() * job.window);
-                  const Pass p = {plan,
-                                  space,
-                                  team,
-                                  scratch,
-                                  rows,
-                                  job.window,
-                                  job.position,
-                                  job.query_scale,
-                                  job.order,
-                                  by_parts,
-                                  by_parts ? scratch.h : space.h,
-                                  &clock};
-                  Stages<P>::embed(p, tokens);
-                  for (int64_t l = 0; l < s.L; ++l) Stages<P>::layer(p, l);
-                  Stages<P>::project_out(p);
-                  p.meet();
-                  const Range all = team.mine(rows.size() * job.window);
-                  for (int64_t m = rows.begin * job.window + all.begin; m < rows.begin * job.window + all.end; ++m)
-                      memcpy(job.ab + m * s.out, space.ab + m * stride(s.out), size_t(s.out) * sizeof(float));
-              });
+    run_teams(useful_threads(plan, threads, by_rows), by_rows, source_rows, share, [&](const Member& member) {
+        Clock clock(nullptr);
+        Pass p(plan, space, member, job.window, &clock);
+        p.position = job.position, p.query_scale = job.query_scale, p.order = job.order;
+        Stages<Precision>::embed(p, tokens);
+        for (int64_t l = 0; l < s.L; ++l) Stages<Precision>::layer(p, l);
+        Stages<Precision>::project_out(p);
+        p.meet();
+        const int64_t first = p.rows.begin * job.window;
+        const Range mine = p.team.mine(p.rows.size() * job.window);
+        for (int64_t m = first + mine.begin; m < first + mine.end; ++m)
+            memcpy(job.ab + m * s.out, space.ab + m * stride(s.out), size_t(s.out) * sizeof(float));
+    });
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ void place(Arena& arena, Plan& plan) {
     plan.layers = arena.take<Layer>(s.L);
     plan.header = arena.used.value;
     plan.pos = arena.take<float>(Bytes{s.T, false} * s.C);
-    plan.classes = s.N ? arena.take<float>((Bytes{s.N, false} + Bytes{1, false}) * s.C) : nullptr;
+    plan.classes = s.classes ? arena.take<float>((Bytes{s.classes, false} + Bytes{1, false}) * s.C) : nullptr;
     place(arena, plan.in, ends, s.D, panels(s.C));
     place(arena, plan.out, ends, s.C, panels(s.out));
     Layer counted;

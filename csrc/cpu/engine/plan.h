@@ -21,7 +21,7 @@ struct Plan {
     Matrix in, out;
     Layer* layers;
     float* pos;      // [T][C]
-    float* classes;  // [1 + N][C]: the mean of the class embeddings, then these; nullptr without classes
+    float* classes;  // [1 + classes][C]: the mean of the class embeddings, then these; nullptr without classes
     void* memory;
     int64_t header, bytes;  // what describes the plan, at the start of its memory; all of it
 };

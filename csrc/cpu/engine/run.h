@@ -10,8 +10,6 @@ namespace tf::TF_ISA {
 
 namespace {
 
-constexpr int64_t SMALL_PLAN = int64_t(8) << 20;  // bytes of weights that are read in little more than a meeting takes
-
 // Rows over threads: nobody waits and no thread reads what another wrote, but every thread reads all weights, which must
 // then come from a cache, and be used for enough rows. Four rows a thread hide that where weights take a few MB (4
 // layers of C 128, 8 rows, two threads of a Zen 5: bf16 29 us a step, 34 by columns); of 12 MB the reads would still be
@@ -31,16 +29,9 @@ inline int useful_threads(const Plan& plan, int threads, bool by_rows) {
     return by_rows || threads <= most ? threads : int(most);
 }
 
-// Whether the team shares sums (Pass::by_parts) for so many activation rows. One row through 4 layers of C 128 in bf16
-// takes two threads of a Zen 5 10 us rather than 11, and while its two cores were far apart 17 rather than 21; at C 256
-// in fp32, 12 MB of weights, nothing is gained.
-inline bool share_sums(const Plan& plan, const Team& team, int64_t rows) {
-    return team.size > 1 && team.size <= plan.shape.parts && rows <= PART_ROWS && plan.bytes <= SMALL_PLAN;
-}
-
-// f(team, thread, rows) on each of up to `threads` threads: teams of one with `units` of rows each, or one team.
-template <class F>
-inline void run_teams(int threads, bool by_rows, int64_t units, int64_t rows_a_unit, F f) {
+// f(member) on each of up to `threads` threads: teams of one with `units` of rows each, or one team.
+template <class Function>
+inline void run_teams(int threads, bool by_rows, int64_t units, int64_t rows_a_unit, Function f) {
     Barrier barrier;
     if (by_rows && threads > units) threads = int(units);
 #ifdef _OPENMP
@@ -50,15 +41,15 @@ inline void run_teams(int threads, bool by_rows, int64_t units, int64_t rows_a_u
             const int rank = omp_get_thread_num(), size = omp_get_num_threads();
             if (by_rows) {
                 const Range mine = share(units, rank, size);
-                f(Team{0, 1, &barrier}, rank, Range{mine.begin * rows_a_unit, mine.end * rows_a_unit});
+                f(Member{{0, 1, &barrier}, rank, {mine.begin * rows_a_unit, mine.end * rows_a_unit}});
             } else {
-                f(Team{rank, size, &barrier}, rank, Range{0, units * rows_a_unit});
+                f(Member{{rank, size, &barrier}, rank, {0, units * rows_a_unit}});
             }
         }
         return;
     }
 #endif
-    f(Team{0, 1, &barrier}, 0, Range{0, units * rows_a_unit});
+    f(Member{{0, 1, &barrier}, 0, {0, units * rows_a_unit}});
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ bool make_shape(const tf_block& b, Shape* s) {
     if (b.layers > 65536 || b.head_size > b.channels || b.channels % b.head_size) return false;
     if (b.precision < TF_PRECISION_FP32 || b.precision > TF_PRECISION_INT8) return false;
     s->T = b.tokens, s->D = b.token_size, s->C = b.channels, s->L = b.layers, s->E = b.head_size, s->F = b.hidden;
-    s->N = b.classes, s->transform = b.transform, s->precision = b.precision;
+    s->classes = b.classes, s->transform = b.transform, s->precision = b.precision;
     s->H = s->C / s->E;
     s->Ep = round_up(s->E, 16);
     s->Tp = round_up(s->T, KEYS);

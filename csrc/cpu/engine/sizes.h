@@ -56,21 +56,21 @@ struct Arena {
     char* base = nullptr;
     Bytes used;
 
-    template <class T>
-    T* take(Bytes count) {
+    template <class Type>
+    Type* take(Bytes count) {
         const int64_t at = used.value;
-        const Bytes end = used + count * int64_t(sizeof(T));
+        const Bytes end = used + count * int64_t(sizeof(Type));
         used = end + Bytes{63 + GAP, false};
         used.value &= ~int64_t(63);
         if (!base || used.bad) return nullptr;
 #ifdef __SANITIZE_ADDRESS__
         __asan_poison_memory_region(base + end.value, size_t(used.value - end.value));
 #endif
-        return reinterpret_cast<T*>(base + at);
+        return reinterpret_cast<Type*>(base + at);
     }
-    template <class T>
-    T* take(int64_t count) {
-        return take<T>(Bytes{count, false});
+    template <class Type>
+    Type* take(int64_t count) {
+        return take<Type>(Bytes{count, false});
     }
 };
 
@@ -79,7 +79,7 @@ struct Arena {
 // What tf_block says, and what follows from it.
 struct Shape {
     int64_t T, D, C, L, E, F;
-    int64_t N;      // classes
+    int64_t classes;
     int64_t H;      // heads
     int64_t Ep;     // head size as stored, a multiple of 16
     int64_t out;    // columns of proj_out: D for each part of the transform's parameters

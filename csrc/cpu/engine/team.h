@@ -90,5 +90,12 @@ struct Team {
     Range mine(int64_t items) const { return share(items, rank, size); }
 };
 
+// A thread of a run: in its team, by its number among all threads, and with the engine rows of its team.
+struct Member {
+    Team team;
+    int thread;
+    Range rows;
+};
+
 }  // namespace
 }  // namespace tf::TF_ISA

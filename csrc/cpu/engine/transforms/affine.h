@@ -13,11 +13,11 @@ struct Affine {
     template <class Parameters>
     static inline double inverse(const float* z, const Parameters& parameters, int64_t D, float* x) {
         vd total[2] = {};
-        for (int64_t d = 0; d < D; d += W) {
-            const int n = D - d < W ? int(D - d) : W;
+        for (int64_t d = 0; d < D; d += LANES) {
+            const int n = D - d < LANES ? int(D - d) : LANES;
             const vf a = parameters.load(0, d, n);  // 0 in the lanes past D
             const vf next = load_part(z + d, n) * exp(a) + parameters.load(1, d, n);
-            n == W ? store(x + d, next) : store(x + d, next, n);
+            n == LANES ? store(x + d, next) : store(x + d, next, n);
             vd low, high;
             widen(a, low, high);
             total[0] += low, total[1] += high;

@@ -11,10 +11,10 @@ struct Shift {
     // As Affine::inverse.
     template <class Parameters>
     static inline double inverse(const float* z, const Parameters& parameters, int64_t D, float* x) {
-        for (int64_t d = 0; d < D; d += W) {
-            const int n = D - d < W ? int(D - d) : W;
+        for (int64_t d = 0; d < D; d += LANES) {
+            const int n = D - d < LANES ? int(D - d) : LANES;
             const vf next = load_part(z + d, n) + parameters.load(0, d, n);
-            n == W ? store(x + d, next) : store(x + d, next, n);
+            n == LANES ? store(x + d, next) : store(x + d, next, n);
         }
         return 0.0;
     }

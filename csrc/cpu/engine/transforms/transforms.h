@@ -8,8 +8,8 @@ namespace tf::TF_ISA {
 namespace {
 
 // f(transform) for the transform of this number; {} where no transform has it.
-template <class F>
-inline auto with_transform(int number, F f) -> decltype(f(Affine())) {
+template <class Function>
+inline auto with_transform(int number, Function f) -> decltype(f(Affine())) {
     switch (number) {
         case TF_TRANSFORM_SHIFT:
             return f(Shift());
