@@ -1,4 +1,4 @@
-"""`apply_to`: models of other packages keep their numbers, their weights, their class for the world, their hooks."""
+"""The numbers of `apply_to`: reverse of a model of another package, against float64 and the model's own code."""
 
 import inspect
 
@@ -8,7 +8,7 @@ import torch
 from compare import assert_accurate
 from test_goldens import NAMES, Golden, check
 
-from tarflow_fast import ReferenceTarFlow, apply_to
+from tarflow_fast import ReferenceTarFlow, apply_to, native
 from tarflow_fast.reference import MetaBlock
 
 # Whatever leaves a call to the model's own code warns, and a warning not asked for is an error here.
@@ -61,6 +61,24 @@ def test_the_numbers_of_the_original(name):
                 check(stage, golden[f"reverse.{i}.sequence.{j}"], exact[j], f"reverse {i} stage {j}, applied {applied}")
 
 
+def test_the_numbers_of_the_molecules():
+    golden = Golden("molecule_tokens")
+    sizes = {name: size for name, size in golden.meta.items() if name != "num_classes"}
+    model = strangers.TarFlow(**sizes)
+    missing, unexpected = model.load_state_dict(golden.state, strict=False)
+    assert not unexpected and all(key.endswith("attn_mask") for key in missing)
+    for applied in (False, True):
+        if applied:
+            apply_to(model)
+        with torch.no_grad():
+            x, log_det = model.reverse(golden["reverse.z"].clone())
+            z, forward_log_det = model(golden["forward.x"])
+        for name, got in (("reverse.x", x), ("reverse.logdet", log_det)):
+            check(got, golden[name], golden[name.replace("reverse", "reverse64")], f"{name}, applied {applied}")
+        check(z, golden["forward.z"], golden["forward64.z"], "forward.z")
+        check(forward_log_det, golden["forward.logdet"], golden["forward64.logdet"], "forward.logdet")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -100,6 +118,20 @@ def test_reverse_of_other_models(config):
     assert_accurate("reverse", apply_to(model).reverse(z, y), truth.reverse(z.double(), y), plain)
     x, y = apply_to(model).reverse(z, y, return_sequence=True)[-1], y
     torch.testing.assert_close(model(x, y)[0] / model.var.sqrt(), z, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason())
+def test_the_native_engine_runs_it(monkeypatch):
+    """An engine asked for by name runs or raises."""
+    model, molecules = apply_to(strangers.images()), apply_to(strangers.tokens())
+    z, y = noise(model), labels()
+    expected = model.reverse(z, y)
+    monkeypatch.setenv("TARFLOW_FAST_BACKEND", "cpu")
+    assert torch.equal(model.reverse(z, y), expected)
+    with torch.no_grad():
+        molecules.reverse(noise(molecules))
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run: .*float64"):
+        model.double().reverse(z.double(), y)
 
 
 def test_a_label_below_0_is_no_label():
@@ -190,7 +222,7 @@ def test_calls_are_checked_before_any_work():
         model.reverse(z, labels() + 1)
     with pytest.raises(TypeError, match=r"^reverse: x must have the model's dtype torch.float32, got torch.float64$"):
         model.reverse(z.double())
-    with pytest.raises(ValueError, match=r"^reverse: guidance must be finite and >= 0"):
+    with pytest.raises(ValueError, match=r"^reverse: guidance must be finite and >= 0, got -1.0$"):
         model.reverse(z, guidance=-1.0)
     with pytest.raises(ValueError, match=r"^reverse: z must have shape \(B, 7, 3\)"):
         apply_to(strangers.tokens()).reverse(z)

@@ -36,9 +36,8 @@ def test_nothing_but_the_class_changes_and_remove_from_puts_it_back():
     assert apply_to(model) is model and apply_to(other) is other
     assert torch.equal(torch.get_rng_state(), draws)
     assert isinstance(model, strangers.Model) and type(model) is not strangers.Model and type(other) is type(model)
-    assert (type(model).__name__, type(model).__module__) == ("Model", "strangers") and repr(model) == repr(
-        strangers.images()
-    )
+    assert (type(model).__name__, type(model).__module__) == ("Model", "strangers")
+    assert repr(model) == repr(strangers.images())
     assert vars(model) == before
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -99,11 +98,13 @@ def test_weights_are_those_of_the_moment():
     assert same_bits(model.reverse(z, y), first)
     model.blocks[1].attn_blocks[0].mlp.main[0].weight.data.mul_(1.5)
     assert close(model, z, y) and not torch.allclose(model.reverse(z, y), first, atol=1e-4)
-    model.blocks[0].proj_out = torch.nn.Linear(64, 8)
+    model.blocks[0].proj_out = torch.nn.Linear(64, 8).requires_grad_(False)
+    model.blocks[0].proj_out.weight.mul_(0.1)
     model.var.mul_(2)
-    model.blocks[0].attn_blocks[1].attention.norm.eps = 0.1
     assert close(model, z, y)
-    assert model.load_state_dict(model.state_dict()).missing_keys == []
+    model.blocks[0].attn_blocks[1].attention.norm.eps = 0.1
+    with pytest.warns(RuntimeWarning, match=r"inverts block 0 on 'torch' .* attn_blocks.1.attention.norm has eps 0.1"):
+        assert close(model, z, y)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -112,7 +113,7 @@ def test_training_goes_on(fused):
     model, plain = apply_to(strangers.images()), strangers.images()
     z, y = noise(model), labels()
     pictures = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(4))
-    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2, fused=fused) for each in (model, plain)]
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-3, fused=fused) for each in (model, plain)]
     before = model.reverse(z, y)
     for _ in range(2):
         for each, optimizer in zip((model.train(), plain.train()), optimizers, strict=True):
@@ -123,7 +124,7 @@ def test_training_goes_on(fused):
             optimizer.step()
         assert all(same_bits(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
         assert close(model, z, y)
-    assert not torch.allclose(model.reverse(z, y), before, atol=1e-2)
+    assert not torch.allclose(model.reverse(z, y), before, atol=1e-3)
 
 
 def test_other_dtypes_where_the_models_own_code_fails():
@@ -207,9 +208,19 @@ def attribute(model, monkeypatch):
     return lambda: setattr(model.blocks[0].attn_blocks[0].attention, "head_channels", 64)
 
 
+def number(model, monkeypatch):
+    model.blocks[1].clip = 4.0
+    return lambda: delattr(model.blocks[1], "clip")
+
+
 def permutation(model, monkeypatch):
-    before, model.blocks[1].permutation = model.blocks[1].permutation, strangers.PermutationRoll(3)
-    return lambda: setattr(model.blocks[1], "permutation", before)
+    def put(new):
+        del model.blocks[1].permutation
+        model.blocks[1].permutation = new
+
+    before = model.blocks[1].permutation
+    put(strangers.PermutationRoll(3))
+    return lambda: put(before)
 
 
 def another_block(model, monkeypatch):
@@ -241,8 +252,9 @@ def norm(model, monkeypatch):
         (subclassed, "blocks.0.attn_blocks.0.mlp is a Squared, and was a MLP when apply_to looked"),
         (
             attribute,
-            r"blocks.0.attn_blocks.0.attention must tell its head size by one of .*, got \{'head_channels': 32",
+            r"blocks.0.attn_blocks.0.attention must tell its head size by .*, got \{'head_channels': 32",
         ),
+        (number, r"blocks.1 has other attributes than when apply_to looked: \{.*'clip': 4.0\}"),
         (permutation, "blocks.1.permutation is a PermutationRoll, and was a PermutationFlip when apply_to looked"),
         (another_block, "it has 3 blocks, and had 2 when apply_to looked"),
         (buffer, r"blocks.0 has a buffer 'scale' of shape \(3,\), which a TarFlow has not"),
@@ -272,6 +284,38 @@ def test_dropout_in_training_mode_is_left_to_the_models_own_code():
         assert same_bits(model.eval().reverse(z)[0], before[0])
 
 
+class PermutationList(strangers.PermutationIdentity):
+    """Not a number, so that only asking it tells of a change."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.places = places
+
+    def forward(self, x, dim=1, inverse=False):
+        index = torch.tensor(self.places)
+        return x.index_select(dim, index.argsort() if inverse else index)
+
+
+def test_an_order_that_changes_in_place():
+    model = strangers.tokens(permutations=[PermutationList([3, 1, 0, 2, 6, 5, 4])])
+    z = noise(model)
+    with torch.no_grad():
+        torch.testing.assert_close(apply_to(model).reverse(z), own(model, z), rtol=1e-4, atol=1e-5)
+        model.blocks[0].permutation.places[:] = [6, 5, 0, 1, 2, 3, 4]
+        with pytest.warns(RuntimeWarning, match=r"blocks.0 has another size or order of tokens than when apply_to loo"):
+            assert same_bits(model.reverse(z)[0], own(model, z)[0])
+
+
+def test_hooks_are_not_tried_out():
+    model, seen = strangers.images(), []
+    for each in (model.blocks[0].permutation, model.blocks[0].proj_in):
+        handle = each.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+        with pytest.raises(ValueError, match=r"^apply_to: blocks.0.(permutation|proj_in) has hooks$"):
+            apply_to(model)
+        handle.remove()
+    assert seen == []
+
+
 def test_applying_again_looks_anew():
     model = apply_to(strangers.images())
     z = noise(model)
@@ -287,9 +331,7 @@ def test_a_class_changed_on_top_is_not_lost():
     model = apply_to(strangers.images())
     model.__class__ = type("Sharded", (type(model),), {})
     for function in (apply_to, remove_from):
-        with pytest.raises(
-            ValueError, match=f"^{function.__name__}: the class of the model was changed after apply_to"
-        ):
+        with pytest.raises(ValueError, match=f"^{function.__name__}: the class of the model was changed after"):
             function(model)
     assert close(model, noise(model))
 

@@ -73,9 +73,9 @@ def apply_to(model: M) -> M:
         raise ValueError(f"apply_to: model is a {type(model).__name__} of tarflow_fast, which needs no help")
     original = _original(model, "apply_to")
     try:
+        structure = read(model, original)
         if not callable(getattr(original, "reverse", None)):
             raise ValueError(f"a {original.__name__} has no reverse")
-        structure = read(model, original)
         shadow = Shadow(structure)
         probe_blocks(model, structure, shadow)
         probe_reverse(model, original, structure)
@@ -157,7 +157,7 @@ def _reverse(model: nn.Module, original: type, args: tuple, kwargs: dict[str, An
     if applied is None:  # a copy made in another way than by pickle or copy
         return original.reverse(model, *args, **kwargs)
     try:
-        structure = read(model, original, applied.structure)
+        structure = read(model, original)
         if change := structure.change_since(applied.structure):
             raise ValueError(change)
         applied.shadow.link(structure)

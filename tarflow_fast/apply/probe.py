@@ -24,6 +24,7 @@ __all__ = ["probe_blocks", "probe_reverse"]
 
 TOLERANCE = 1e-4  # |theirs - ours| <= TOLERANCE (1 + |theirs|); float32 makes 1e-6 to 1e-5 of it
 ROWS = 2
+HERE = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults of the process are
 # Of the log-scales and shifts, which are linear in the residual stream. Forward they are of size 1, so that a soft clip
 # shows. In reverse one token makes the next, and a flow of that size overflows.
 FORWARD_SCALE, REVERSE_SCALE = 1.0, 0.1
@@ -41,7 +42,7 @@ def probe_blocks(model: nn.Module, structure: Structure, shadow: Shadow) -> None
         at = f"blocks.{number}"
         with _alone():
             theirs = _drawn_copy(block, at, FORWARD_SCALE, generator)
-            x = torch.randn(ROWS, T, D, generator=generator, device="cpu")
+            x = torch.randn(ROWS, T, D, generator=generator, **HERE)
             y = torch.tensor([num_classes - 1, -1], device="cpu") if num_classes else None
             options = {"y": y} if "y" in inspect.signature(theirs.forward).parameters else {}
             got = _run(f"{at}.forward", theirs, x.clone(), **options)
@@ -75,7 +76,7 @@ def probe_reverse(model: nn.Module, original: type, structure: Structure) -> Non
         small = _shortened(model, original, structure, generator)
         shadow = Shadow(read(small, original))
         shadow.backend = "torch"
-        z = torch.randn(ROWS, T, D, generator=generator, device="cpu")
+        z = torch.randn(ROWS, T, D, generator=generator, **HERE)
         y = torch.arange(ROWS, device="cpu") % num_classes if num_classes else None
         guided = {"guidance": 1.5, "attn_temp": 0.8, "annealed_guidance": True, "return_sequence": True}
         for options in ({"y": y}, {"y": y} | guided):
@@ -108,11 +109,11 @@ def _drawn_copy(block: nn.Module, at: str, scale: float, generator: torch.Genera
         twin = copy.deepcopy(block)
         if layers is not None:
             twin.attn_blocks = twin.attn_blocks[:layers]
-        return twin.to("cpu", torch.float32).eval()
+        return twin.to(**HERE).eval()
 
     twin = _run(f"a copy of {at}", copied)
     for name, parameter in twin.named_parameters():
-        draw = torch.randn(parameter.shape, generator=generator, device="cpu")
+        draw = torch.randn(parameter.shape, generator=generator, **HERE)
         if "norm.weight" in name:
             draw = 1 + 0.2 * draw
         elif "proj_out" in name:
@@ -139,7 +140,7 @@ def _shortened(model: nn.Module, original: type, structure: Structure, generator
     small.__dict__["_modules"] = {**model._modules, "blocks": nn.ModuleList(blocks)}
     small.__dict__["_buffers"] = dict(model._buffers)
     if structure.var is not None:
-        small._buffers["var"] = 0.5 + torch.rand(structure.var.shape, generator=generator, device="cpu")
+        small._buffers["var"] = 0.5 + torch.rand(structure.var.shape, generator=generator, **HERE)
     return small
 
 

@@ -19,6 +19,7 @@ from tarflow_fast.engines.weights import AFTER, BEFORE, FORWARD_HOOKS, LAYER, PL
 
 __all__ = ["Structure", "read", "weight_names"]
 
+CHILDREN = ("proj_in", "attn_blocks", "proj_out")  # of a block, beside the permutation
 HEAD_SIZES, HEADS = ("head_channels", "head_dim", "head_size"), ("num_heads", "n_heads")
 PURE = (nn.Dropout, nn.Identity)  # modules which may stand anywhere, as long as they do nothing
 
@@ -40,15 +41,13 @@ class Block(NamedTuple):
     """What the walk found in one block.
 
     sizes.  places: the order in which it sees the tokens.  tensors: its weights, in the order of `weight_names`.
-    eps: of the norms of its layers.  permutation: the name of its attribute, and the object.  kinds: the path, class
-    and plain numbers of each of its modules whose class is foreign.
+    eps: of the norms of its layers.  kinds: the path, class and plain numbers of each module whose class is foreign.
     """
 
     sizes: Sizes
     places: list[int]
     tensors: list[Tensor | None]
     eps: list[float]
-    permutation: tuple[str, object]
     kinds: list[tuple[str, type, tuple]]
 
 
@@ -87,13 +86,12 @@ def weight_names(layers: int, classes: bool) -> list[str]:
     ]
 
 
-def read(model: nn.Module, original: type, known: Structure | None = None) -> Structure:
+def read(model: nn.Module, original: type) -> Structure:
     """Walk through a model.
 
     Args:
         model: of another package.
         original: its class, before `apply_to`.
-        known: what an earlier walk found; a permutation that is still the same object is not asked again.
 
     Raises:
         ValueError: something in the model has no place in a TarFlow; the message says what and where.
@@ -107,8 +105,7 @@ def read(model: nn.Module, original: type, known: Structure | None = None) -> St
         raise ValueError("the model has a reverse of its own, as an attribute of the instance")
     _nothing_else(model, "the model", ("blocks",), (), ("var",))
     _unhooked(blocks, "blocks")
-    before = known.blocks if known is not None and len(known.blocks) == len(blocks) else [None] * len(blocks)
-    found = [_block(each, f"blocks.{k}", before[k]) for k, each in enumerate(blocks)]
+    found = [_block(each, f"blocks.{number}") for number, each in enumerate(blocks)]
     first = found[0].sizes
     for number, each in enumerate(found):
         for name, size, of_first in zip(Sizes._fields, each.sizes, first, strict=True):
@@ -121,7 +118,7 @@ def read(model: nn.Module, original: type, known: Structure | None = None) -> St
     return Structure(found, var, {kind: list(_functions(kind)) for kind in kinds})
 
 
-def _block(block: nn.Module, at: str, known: Block | None) -> Block:
+def _block(block: nn.Module, at: str) -> Block:
     kinds: list[tuple[str, type, tuple]] = []
     pos_embed, classes = (_parameter(block, name, at) for name in ("pos_embed", "class_embed"))
     if pos_embed is None or pos_embed.ndim != 2:
@@ -129,8 +126,8 @@ def _block(block: nn.Module, at: str, known: Block | None) -> Block:
     if pos_embed.is_meta:
         raise ValueError(f"{at} has its parameters on the meta device; load its weights first")
     T, C = pos_embed.shape
-    name, permutation, places = _permutation(block, at, pos_embed, known, kinds)
-    inside = _part(block, at, ("proj_in", "attn_blocks", "proj_out"), kinds, ("pos_embed", "class_embed"), name)
+    name, places = _permutation(block, at, pos_embed, kinds)
+    inside = _part(block, at, CHILDREN, kinds, ("pos_embed", "class_embed"), name)
     proj_in, proj_out = (_leaf(inside[name], nn.Linear, f"{at}.{name}") for name in ("proj_in", "proj_out"))
     D, outputs = proj_in[0].size(1), proj_out[0].size(0)
     nvp = getattr(block, "nvp", outputs == 2 * D)
@@ -155,7 +152,7 @@ def _block(block: nn.Module, at: str, known: Block | None) -> Block:
     num_classes = 0 if classes is None else classes.size(0)
     sizes = Sizes(T, D, C, len(attn_blocks), head_size, hidden // C, bool(nvp), num_classes)
     tensors += [] if classes is None else [classes]
-    return Block(sizes, places, tensors, eps, (name, permutation), kinds)
+    return Block(sizes, places, tensors, eps, kinds)
 
 
 def _layer(layer: nn.Module, at: str, C: int, kinds: list) -> tuple[list[Tensor | None], list[float], tuple[int, int]]:
@@ -197,28 +194,26 @@ def _head_size(attention: nn.Module, at: str, C: int) -> int:
     return sizes.pop()
 
 
-def _permutation(
-    block: nn.Module, at: str, pos_embed: Tensor, known: Block | None, kinds: list
-) -> tuple[str, object, list[int]]:
-    """The attribute which permutes tokens, whatever its name, what it is, and what it does."""
-    attributes, T = {**vars(block), **block._modules}, pos_embed.size(0)
+def _permutation(block: nn.Module, at: str, pos_embed: Tensor, kinds: list) -> tuple[str, list[int]]:
+    """The name of the attribute which permutes tokens, whatever it is, and what it does."""
     found = {}
-    if known is not None and attributes.get(known.permutation[0]) is known.permutation[1]:
-        found = {known.permutation[0]: known.places}  # not asked again: on a GPU that would wait for it
-    if not found or len(known.places) != T:
-        asked = {name: _places(each, T, pos_embed.device) for name, each in attributes.items() if callable(each)}
-        found = {name: places for name, places in asked.items() if places is not None}
+    for name, each in {**vars(block), **block._modules}.items():
+        if callable(each) and name not in CHILDREN and not hasattr(nn.Module, name):
+            if isinstance(each, nn.Module):
+                _unhooked(each, f"{at}.{name}")  # or its hooks would see the tokens it is tried with
+            places = _places(each, pos_embed.size(0), pos_embed.device)
+            if places is not None:
+                found[name] = each, places
     if not found:
         raise ValueError(f"{at} has no attribute that permutes tokens when called with (tokens, dim=1, inverse=False)")
     if len(found) > 1:
         raise ValueError(f"{at} has several attributes that permute tokens: {', '.join(found)}")
-    ((name, places),) = found.items()
-    permutation = attributes[name]
+    ((name, (permutation, places)),) = found.items()
     if isinstance(permutation, nn.Module):
         _part(permutation, f"{at}.{name}", (), kinds)
     else:
         kinds.append((f"{at}.{name}", type(permutation), _numbers(getattr(permutation, "__dict__", {}))))
-    return name, permutation, places
+    return name, places
 
 
 def _places(permutation: Any, T: int, device: torch.device) -> list[int] | None:
