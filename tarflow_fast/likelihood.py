@@ -67,8 +67,11 @@ class LikelihoodMixin:
             paths = []
         else:
             paths = density_paths(self.bijections, tokens, call)
-        z, log_det = encode_all(self.bijections, tokens, y, call, paths) if paths else self._encode(tokens, y)
-        return self._log_prior(z) + log_det
+        if not paths:
+            z, log_det = self._encode(tokens, y)
+            return self._log_prior(z) + log_det
+        stages, log_det = encode_all(self.bijections, tokens, y, call, paths)
+        return self._log_prior(stages[-1]) + log_det
 
     def _log_prior(self, z: Tensor) -> Tensor:
         """log N(z; 0, var) of tokens (B, T, D): (B,), float32 or wider."""

@@ -5,10 +5,10 @@ import inspect
 import pytest
 import strangers
 import torch
-from compare import assert_accurate
+from compare import assert_accurate, same_bits
 from test_goldens import NAMES, Golden, check
 
-from tarflow_fast import ReferenceTarFlow, apply_to, native
+from tarflow_fast import ReferenceTarFlow, TarFlow, TokenFlow, apply_to, native
 from tarflow_fast.reference import MetaBlock
 
 # Whatever leaves a call to the model's own code warns, and a warning not asked for is an error here.
@@ -245,3 +245,32 @@ def test_autocast_is_honoured():
     exact = truth.reverse(z.double(), y)
     assert_accurate("reverse", ours, exact, plain)
     assert (ours - exact).abs().max() > 1e-4, "too exact for bfloat16"
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
+def test_the_density_without_gradients_is_the_engines(monkeypatch):
+    """Of images and of tokens: the model's own numbers by the error rule, own code where gradients are kept."""
+    from tarflow_fast.solvers import density as solver
+
+    ran, encode = [], solver._encode
+    monkeypatch.setattr(solver, "_encode", lambda *given: ran.append(1) or encode(*given))
+    y = torch.arange(32) % 3
+    image = strangers.drawn(strangers.Model(1, 8, 2, 64, 2, 1, num_classes=3))
+    tokens = strangers.drawn(strangers.TarFlow(7, 3, 64, 2, 1))
+    exact_image, exact_tokens = TarFlow(1, 8, 2, 64, 2, 1, num_classes=3), TokenFlow(7, 3, 64, 2, 1)
+    exact_image.load_state_dict(image.state_dict())
+    state = {key.replace("mlp.main.3", "mlp.main.2"): value for key, value in tokens.state_dict().items()}
+    exact_tokens.load_state_dict({"var": exact_tokens.var} | state)
+    cases = [(image, exact_image, torch.randn(32, 1, 8, 8), (y,)), (tokens, exact_tokens, torch.randn(32, 7, 3), ())]
+    for model, exact, x, labels in cases:
+        with torch.no_grad():
+            plain, truth = model(x, *labels), exact.double()(x.double(), *labels)
+            got = apply_to(model)(x, *labels)
+        assert len(ran) == 2 and len(got) == len(plain)
+        assert_accurate("z", got[0], truth[0], plain[0])
+        assert_accurate("log_det", got[-1], truth[-1], plain[-1])
+        for ours, theirs in zip(*(result[1] if len(result) == 3 else [] for result in (got, plain)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        with_gradient = model(x, *labels)
+        assert same_bits(with_gradient[0].detach(), plain[0]) and len(ran) == 2
+        ran.clear()

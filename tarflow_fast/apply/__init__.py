@@ -1,6 +1,6 @@
 """Let these engines invert a model of another package: the original TarFlow, or a flow over tokens made of its blocks.
 
-    tarflow_fast.apply_to(model)       model.reverse runs on the engines of this package
+    tarflow_fast.apply_to(model)       reverse, and forward without gradients, run on the engines of this package
     tarflow_fast.remove_from(model)    and on its own code again
 
 The model keeps its modules, parameters, keys and training; only its class becomes a subclass of its own class. At every
@@ -12,19 +12,19 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import torch
 from torch import nn
 
-from tarflow_fast.apply.probe import probe_blocks, probe_reverse
+from tarflow_fast.apply.probe import knows_forward, probe_blocks, probe_reverse
 from tarflow_fast.apply.shadow import Shadow, unknown_argument
 from tarflow_fast.apply.structure import Structure, read
 from tarflow_fast.flow import TokenFlow
 from tarflow_fast.ops.registry import warn_once
 
-__all__ = ["apply_to", "density", "remove_from"]
+__all__ = ["apply_to", "remove_from"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,6 +34,7 @@ class _Applied(NamedTuple):
 
     structure: Structure
     shadow: Shadow
+    density: bool  # whether its forward was seen to be ours
 
 
 # Kept beside the models, never in them: state_dict, pickles and copies do not see it.
@@ -79,10 +80,11 @@ def apply_to(model: M) -> M:
         shadow = Shadow(structure)
         probe_blocks(model, structure, shadow)
         probe_reverse(model, original, structure)
+        density = knows_forward(model, original, structure)
         model.__class__ = _CLASSES.get(original) or _subclass(original)
     except (TypeError, ValueError) as error:
         raise ValueError(f"apply_to: {error}") from error
-    _APPLIED[model] = _Applied(structure, shadow)
+    _APPLIED[model] = _Applied(structure, shadow, density)
     return model
 
 
@@ -100,15 +102,6 @@ def remove_from(model: M) -> M:
     model.__class__ = _original(model, "remove_from")
     _APPLIED.pop(model, None)
     return model
-
-
-def density(model: nn.Module, own_forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward of a model that was applied to: z, what else it returns, and its log-determinants.
-
-    This is the one place where an engine's density would go. For now the model's own forward computes it, with and
-    without gradients.
-    """
-    return own_forward(model, *args, **kwargs)
 
 
 def _original(model: nn.Module, where: str) -> type:
@@ -131,7 +124,7 @@ def _subclass(original: type) -> type:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return density(self, original.forward, args, kwargs)
+        return _forward(self, original, args, kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         make, args, *rest = super(made, self).__reduce_ex__(protocol)
@@ -150,6 +143,22 @@ def _subclass(original: type) -> type:
     made = type(original)(original.__name__, (original,), body)
     _CLASSES[original] = made
     return made
+
+
+def _forward(model: nn.Module, original: type, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Without gradients an engine computes it, where it was seen at `apply_to` to compute the same."""
+    applied = _APPLIED.get(model)
+    if applied is None or not applied.density or kwargs or len(args) > 2 or torch.is_grad_enabled():
+        return original.forward(model, *args, **kwargs)
+    try:
+        structure = read(model, original)
+        if structure.change_since(applied.structure):
+            return original.forward(model, *args)
+        applied.shadow.link(structure)
+    except ValueError:
+        return original.forward(model, *args)
+    found = applied.shadow.encoded_as(model, *args)
+    return original.forward(model, *args) if found is None else found
 
 
 def _reverse(model: nn.Module, original: type, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tarflow_fast.apply.shadow import OPTIONS, Shadow
+from tarflow_fast.apply.shadow import OPTIONS, Shadow, gives_images
 from tarflow_fast.apply.structure import Block, Structure, read
 
 __all__ = ["probe_blocks", "probe_reverse"]
@@ -83,6 +83,27 @@ def probe_reverse(model: nn.Module, original: type, structure: Structure) -> Non
             known = {name: value for name, value in options.items() if name in signature.parameters}
             theirs = _run("reverse", original.reverse, small, z.clone(), **known)
             _compare("reverse", theirs, shadow.reversed_as(small, {noise.name: z} | known))
+
+
+def knows_forward(model: nn.Module, original: type, structure: Structure) -> bool:
+    """Whether the model's own forward, of x and labels alone, returns what `Shadow.encoded_as` does.
+
+    It need not: a forward with other arguments or results keeps running on its own code.
+    """
+    T, D, *_, num_classes = structure.blocks[0].sizes
+    generator = torch.Generator().manual_seed(2)
+    with _alone():
+        try:
+            small = _shortened(model, original, structure, generator)
+            shadow = Shadow(read(small, original))
+            tokens = torch.randn(ROWS, T, D, generator=generator, **HERE)
+            x = small.unpatchify(tokens) if gives_images(small) else tokens
+            y = (torch.arange(ROWS, device="cpu") % num_classes,) if num_classes else ()
+            theirs = _run("forward", original.forward, small, x, *y)
+            _compare("forward", theirs, shadow.encoded_as(small, x, *y, by_modules=True))
+        except ValueError:
+            return False
+    return True
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tarflow_fast.apply.structure import Block, Structure, weight_names
 from tarflow_fast.flow import TokenFlow
 from tarflow_fast.ops.registry import warn_once
+from tarflow_fast.solvers.density import density_paths, encode_all
 from tarflow_fast.solvers.nonfinite import NonFinite
 from tarflow_fast.transforms import Guidance
 from tarflow_fast.validate import check_labels, check_tensor
@@ -109,6 +110,42 @@ class Shadow(TokenFlow):
             if return_sequence:
                 return [model.unpatchify(stage) for stage in (x.clone(), *stages[1:])]
             return model.unpatchify(stages[-1])
+
+    def encoded_as(
+        self, model: nn.Module, x: Tensor, y: Tensor | None = None, by_modules: bool = False
+    ) -> tuple[Tensor, ...] | None:
+        """What the model's own forward would return, without gradients; None where it had better run itself.
+
+        Args:
+            model: the model whose weights are linked.
+            x: images, where the model knows patches; else tokens (B, T, D).
+            y: (B,) int64 labels, negative for none; or None.
+            by_modules: compute it by our modules in PyTorch, and not by an engine.
+
+        Returns:
+            z, the tokens after each block, and log |det dz/dx| / (T D), where the model knows patches; else z and
+            log |det dz/dx|, nats.
+        """
+        images = gives_images(model)
+        if not isinstance(x, Tensor) or not (y is None or (isinstance(y, Tensor) and y.dtype == torch.int64)):
+            return None
+        tokens = model.patchify(x) if images else x
+        if tokens.shape[1:] != self.var.shape or tokens.dtype != self.var.dtype or (y is not None and len(y) != len(x)):
+            return None
+        y = y if self.num_classes else None
+        with self._call("forward", None, False, None) as call:
+            if by_modules:
+                stages, log_det = [tokens], 0.0
+                for block in self.blocks:
+                    z, stretched = block(stages[-1], y, backend="torch", mean=False)
+                    stages, log_det = [*stages, z], log_det + stretched
+                del stages[0]
+            else:
+                paths = density_paths(self.bijections, tokens, call)
+                if not paths:
+                    return None
+                stages, log_det = encode_all(self.bijections, tokens, y, call, paths)
+        return (stages[-1], stages, log_det / self.var.numel()) if images else (stages[-1], log_det)
 
     def _wants_gradients(self) -> bool:
         return any(parameter.requires_grad for block in self.blocks for parameter in block.parameters())

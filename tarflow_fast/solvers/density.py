@@ -39,16 +39,22 @@ def density_paths(bijections: Sequence[Bijection], x: Tensor, call: Call) -> lis
 @torch.no_grad()
 def encode_all(
     bijections: Sequence[Bijection], x: Tensor, y: Tensor | None, call: Call, paths: Sequence[Path]
-) -> tuple[Tensor, Tensor]:
-    """x (B, T, D) -> z (B, T, D) in x's dtype and log |det dz/dx| (B,), nats, float32 or wider, through all blocks.
+) -> tuple[list[Tensor], Tensor]:
+    """x (B, T, D) through all blocks.
 
-    y: (B,) int64 labels, negative for none; or None.  paths: what `find_path` gave for each block, none of them torch.
+    Args:
+        y: (B,) int64 labels, negative for none; or None.
+        paths: what `density_paths` gave.
+
+    Returns:
+        The tokens (B, T, D) after each block, in x's dtype, z the last; log |det dz/dx| (B,), nats, float32 or wider.
     """
-    log_det = torch.zeros(x.size(0), dtype=wide_dtype(x), device=x.device)
+    stages, log_det = [x], torch.zeros(x.size(0), dtype=wide_dtype(x), device=x.device)
     for bijection, path in zip(bijections, paths, strict=True):
-        x, stretched = _encode(bijection, x, y, call, path)
+        z, stretched = _encode(bijection, stages[-1], y, call, path)
+        stages.append(z)
         log_det += stretched
-    return x, log_det
+    return stages[1:], log_det
 
 
 def _encode(bijection: Bijection, x: Tensor, y: Tensor | None, call: Call, path: Path) -> tuple[Tensor, Tensor]:
@@ -57,8 +63,8 @@ def _encode(bijection: Bijection, x: Tensor, y: Tensor | None, call: Call, path:
     tokens = order.take(x).float()
     B, T, D = tokens.shape
     rows_together, window = passes.tile(B)
-    z, log_det = torch.empty_like(tokens), torch.empty(B, dtype=wide_dtype(x))
-    parameters = torch.empty(min(rows_together, B), T, len(transform.parts) * D)
+    z, log_det = torch.empty_like(tokens), tokens.new_empty(B, dtype=wide_dtype(x))
+    parameters = tokens.new_empty(min(rows_together, B), T, len(transform.parts) * D)
     for begin in range(0, B, rows_together):
         rows = slice(begin, min(begin + rows_together, B))
         part = parameters[: rows.stop - begin]
