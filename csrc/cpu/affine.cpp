@@ -1,7 +1,7 @@
-// The affine step of a flow block and its gradient; formulas in tarflow_fast/ops/affine.py.
+// The affine step of a flow block and its gradient. The formulas are in tarflow_fast/ops/affine.py.
 //
-// One work item is a run of tokens of one row, its length fixed by D alone: a batch of one row still fills the threads,
-// and the log-determinant is always the same sums added in the same order, whatever the batch and the threads.
+// One work item is a run of tokens of one row, and D alone decides its length. So a batch of one row still fills the
+// threads, and the log-determinant is always the same sums added in the same order, whatever the batch and the threads.
 #include <stdlib.h>
 
 #include "parallel.h"
@@ -11,8 +11,8 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t ITEM_ELEMENTS = 4096;  // an item is worth a thread, and 4 kB of partial sums cover a million elements
-constexpr int64_t SERIAL_ELEMENTS = 16384;  // below, waking other threads costs more than they save
+constexpr int64_t ITEM_ELEMENTS = 4096;     // enough work for a thread; 4 kB of partial sums cover a million elements
+constexpr int64_t SERIAL_ELEMENTS = 16384;  // for fewer elements waking other threads costs more than they save
 
 struct Problem {
     int64_t B, T, D;
@@ -22,11 +22,11 @@ struct Problem {
     int64_t row_items() const { return (T + item_tokens() - 1) / item_tokens(); }
     int64_t ab_width() const { return scale ? 2 * D : D; }
     int limit(int threads) const { return B * T * D < SERIAL_ELEMENTS ? 1 : threads; }
-    // Where token j of net order lies in a (B, T, D) tensor.
+    // The first element of token j, in net order, in a (B, T, D) tensor.
     int64_t place(int64_t row, int64_t j) const { return (row * T + (flip ? T - 1 - j : j)) * D; }
 };
 
-// f(row, first token, past the last token, number of the item)
+// Calls f(row, first token, token past the last, number of the item).
 template <class Function>
 void for_items(const Problem& p, int threads, Function f) {
     const int64_t tokens = p.item_tokens(), row_items = p.row_items();
@@ -36,8 +36,9 @@ void for_items(const Problem& p, int threads, Function f) {
     });
 }
 
-// ---- one token: D elements. The float versions compute LANES lanes at a time, the double versions are there for exactness
-// ---- tests and gradcheck and may be slow.
+// ---- one token of D elements ---------------------------------------------------------------------------------------
+// The float versions compute LANES elements at a time. The double versions serve tests of exactness and gradcheck, and
+// may be slow.
 
 struct FloatSum {
     vd low = {}, high = {};
@@ -50,7 +51,7 @@ struct FloatSum {
     double total() const { return sum(low + high); }
 };
 
-// z = (x - b) exp(-a); returns the sum of a. a may be null: then it is zero.
+// z = (x - b) exp(-a). Returns the sum of a. a may be null, and then it is zero.
 template <class Input, class Parameter>
 double forward_token(const Input* x, const Parameter* a, const Parameter* b, Input* z, int64_t D) {
     FloatSum total;
@@ -91,7 +92,7 @@ template <class Input, class Parameter>
 struct TokenGradient {
     double dlog_det;
     const Input *dz, *x;
-    const Parameter *a, *b;  // a and da may be null: then a is zero
+    const Parameter *a, *b;  // a and da may be null, and then a is zero
     Input* dx;
     Parameter *da, *db;
 };
@@ -188,7 +189,7 @@ int backward(const Input* dz, const LogDet* dlog_det, const Input* x, const Para
     return TF_OK;
 }
 
-// Calls f with null pointers of the storage types of x, ab and log_det.
+// Calls f with null pointers of the storage types of x, ab and log_det. f gets types and no data.
 template <class Function>
 int for_types(int x_dtype, int ab_dtype, Function f) {
     if (x_dtype == TF_F64 && ab_dtype == TF_F64) return f((double*)nullptr, (double*)nullptr, (double*)nullptr);

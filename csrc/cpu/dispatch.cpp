@@ -1,5 +1,5 @@
-// Chooses an instruction set when the library is loaded and forwards every exported function to it. Compiled once, for
-// the plain machine: nothing here may need more than every processor has.
+// Chooses an instruction set when the library is loaded, and forwards every exported function to it. This file is
+// compiled once, for the plain machine: nothing here may need more than every processor has.
 #include <string.h>
 #include <unistd.h>
 
@@ -51,8 +51,8 @@ const Entry entries[] = {
 
 const Table* chosen = &baseline::table;
 
-// What the processor has is not enough: the operating system must also save the wide registers (XCR0), else using them
-// raises an illegal instruction or loses state at a context switch.
+// It is not enough that the processor has the wide registers. The operating system must also save them (XCR0). If it
+// does not, using them raises an illegal instruction or loses state at a context switch.
 Level machine_level() {
 #if defined(__x86_64__)
     unsigned a, b, c, d;
@@ -63,7 +63,7 @@ Level machine_level() {
     __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
     if ((xcr0 & 0x6) != 0x6) return BASELINE;  // SSE and AVX state
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, 5)) return BASELINE;
-    if ((xcr0 & 0xe0) != 0xe0) return AVX2;  // opmask, upper halves of zmm0-15, zmm16-31
+    if ((xcr0 & 0xe0) != 0xe0) return AVX2;  // the state of opmask, of the upper halves of zmm0-15, and of zmm16-31
     const bool f_dq_bw_vl = has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);
     if (!f_dq_bw_vl) return AVX2;
     const bool vnni = has(c, 11);
@@ -74,8 +74,9 @@ Level machine_level() {
 #endif
 }
 
-// In a child forked after the library was loaded, the threads of the parent's OpenMP pool are gone, and waiting for them
-// never ends: one thread then. (A child that loads it itself, of a parent whose pool torch has used, waits as torch does.)
+// A child that was forked after the library was loaded has lost the threads of its parent's OpenMP pool, and waiting
+// for them never ends. It uses one thread. (A child that loads the library itself, when its parent had used torch's
+// pool, waits as torch does.)
 const pid_t loaded_in = getpid();
 
 int usable(int threads) { return getpid() == loaded_in ? threads : 1; }
@@ -107,7 +108,7 @@ int tf_select_isa(const char* name) {
         const tf::Table* best = nullptr;
         for (const tf::Entry& entry : tf::entries)
             if (entry.level <= level) best = entry.table;
-        chosen = best;  // once: two threads may load the library at the same time
+        chosen = best;  // it is set once, because two threads may load the library at the same time
         return TF_OK;
     }
     for (const tf::Entry& entry : tf::entries) {

@@ -5,12 +5,14 @@
 namespace tf::TF_ISA {
 namespace {
 
-// x Phi(x) = max(x, 0) - u e^(-u^2 / 2) g(u), u = |x|, g(u) = erfc(u / sqrt 2) e^(u^2 / 2) / 2: no cancellation on
-// either side, and one formula for both. Written u g(u) = s Q(s) with s = u / (1 + 9/32 u): Q is a polynomial of degree
-// 7, fitted on 0 <= u <= 14.5, where GELU has long rounded to x or to 0, with a relative error of 6e-8 below u = 1, 2e-7
-// below 3 and 5e-6 at most: far out the result is the tail of a distribution, of which few digits are asked. Error
-// against float64, measured: 1.3e-7 below x = 4 and 4e-8 below -1; 4 ulp where |x| < 1, less than one above 2. Two
-// more terms, and the rounding error of u^2 carried along, gave 3 ulp everywhere for 40 % more time.
+// x Phi(x) = max(x, 0) - u e^(-u^2 / 2) g(u), with u = |x| and g(u) = erfc(u / sqrt 2) e^(u^2 / 2) / 2. Nothing cancels
+// on either side of 0, and one formula serves both.
+// u g(u) is written s Q(s) with s = u / (1 + 9/32 u). Q is a polynomial of degree 7, fitted on 0 <= u <= 14.5; beyond
+// that GELU has long rounded to x or to 0. The relative error of Q is 6e-8 below u = 1, 2e-7 below u = 3, and 5e-6 at
+// most. It may grow there because the result is then the tail of a distribution, of which few digits matter.
+// The error against float64, measured: 1.3e-7 below x = 4, and 4e-8 below x = -1. In ulp it is 4 where |x| < 1, and
+// less than 1 above x = 2. Two more terms, with the rounding error of u^2 carried along, gave 3 ulp everywhere and took
+// 40 % more time.
 inline vf gelu(vf x) {
     const vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffffu);
     const vf u = select(magnitude < splat(14.5f), magnitude, splat(14.5f));
@@ -36,12 +38,12 @@ inline vf gelu(vf x) {
 #if defined(__AVX512F__)
     const vf scaled = (vf)_mm512_scalef_ps((__m512)tail, (__m512)n);
 #else
-    // n >= -152: 2^n in two normal factors.
+    // n >= -152, so 2^n is two factors that are normal numbers.
     const vi whole = bits<vi>(shifted) - bits<int32_t>(round_to_int);
     const vi half = whole >> 1, rest_of = whole - half;
     const vf scaled = tail * bits<vf>((half + 127) << 23) * bits<vf>((rest_of + 127) << 23);
 #endif
-    return max(zero(), x) - scaled;  // max keeps a NaN of its second argument
+    return max(zero(), x) - scaled;  // max keeps a NaN that is its second argument
 }
 
 }  // namespace

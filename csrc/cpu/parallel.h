@@ -1,13 +1,14 @@
-// Threads. Work is cut into items by the sizes of the problem alone, never by the number of threads, and every item owns
-// what it writes: then the result has the same bits on any number of threads.
+// Threads. The sizes of the problem alone decide how work is cut into items, never the number of threads, and every
+// item owns what it writes. So the result has the same bits on any number of threads.
 #pragma once
 #include <stdint.h>
 
 namespace tf::TF_ISA {
 namespace {
 
-// f(item) for item in [0, items), on at most `threads` threads. Torch's own OpenMP pool does the work: torch is loaded
-// first and, built with GCC, the two share one libgomp, so no second pool competes for the cores.
+// Calls f(item) for every item in [0, items), on at most `threads` threads. Torch's own OpenMP pool does the work:
+// torch is loaded first, and when it was built with GCC the two share one libgomp, so no second pool competes for the
+// cores.
 template <class Function>
 inline void parallel_for(int threads, int64_t items, Function f) {
 #ifdef _OPENMP

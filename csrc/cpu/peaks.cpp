@@ -1,4 +1,5 @@
-// What this machine can do at best, for the benchmarks to be held against: reading memory, multiplying and adding.
+// What this machine can do at best in reading memory and in multiplying and adding. The benchmarks compare themselves
+// with it.
 #include "parallel.h"
 #include "table.h"
 #include "vec.h"
@@ -6,7 +7,8 @@
 namespace tf::TF_ISA {
 namespace {
 
-// 12 chains hide the latency of one fused multiply-add (4 cycles, two a cycle; 6 for the bfloat16 dot product).
+// 12 chains hide the latency of an instruction: a fused multiply-add takes 4 cycles and the bfloat16 dot product 6, and
+// two can start in a cycle.
 constexpr int CHAINS = 12;
 
 float read_part(const float* p, int64_t n) {
@@ -43,7 +45,7 @@ float dot_bf16(int64_t steps) {
 }
 #endif
 
-// Keeps a result whose value nobody wants: the work behind it may not be dropped.
+// Keeps a result whose value nobody wants, so that the compiler does not drop the work behind it.
 void keep(float value) {
     volatile float sink = value;
     (void)sink;

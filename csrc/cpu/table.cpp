@@ -5,7 +5,7 @@
 
 namespace tf::TF_ISA {
 
-// Declared from the C ABI: a kernel whose parameters differ from it fails to link.
+// The kernels are declared from the C ABI, so a kernel whose parameters differ from it fails to link.
 #define TF_DECLARE(kernel) decltype(::tf_##kernel) kernel;
 TF_KERNELS(TF_DECLARE)
 

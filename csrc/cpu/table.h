@@ -1,5 +1,6 @@
-// The kernels of one instruction set. Every file of csrc/cpu/ except dispatch.cpp is compiled once for each, with
-// -DTF_ISA=<name>; all it exports are functions of namespace tf::<name>, gathered in tf::<name>::table.
+// The kernels of one instruction set. Every file of csrc/cpu/ except dispatch.cpp is compiled once for each set, with
+// -DTF_ISA=<name>. A file exports functions of namespace tf::<name> and nothing else, and tf::<name>::table gathers
+// them.
 //
 // To add a kernel: declare tf_name in csrc/tarflow.h, write tf::TF_ISA::name with the same parameters, add the name to
 // TF_KERNELS, forward tf_name in dispatch.cpp, and declare it to ctypes in tarflow_fast/native.py.

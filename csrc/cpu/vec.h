@@ -1,6 +1,7 @@
-// The SIMD layer: LANES float lanes of the instruction set this file is compiled for. Arithmetic is the compiler's vector
-// extension (+ - * / and comparisons work on vf and vi); below is only what that lacks. Everything has internal linkage:
-// a function shared between two instruction sets would be one weak symbol, and the linker might keep the AVX-512 copy.
+// The SIMD layer: vectors of LANES floats, of the instruction set for which this file is compiled. Arithmetic is the
+// compiler's vector extension: + - * / and comparisons work on vf and vi. Below is only what the extension lacks.
+// Everything has internal linkage. A function that two instruction sets shared would be one weak symbol, and the linker
+// might keep the AVX-512 copy of it.
 #pragma once
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "16-bit numbers are packed in pairs, first half low: little-endian machines only"
@@ -31,13 +32,13 @@ constexpr int LANES = 4;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));  // also what comparing two vf gives: 0 or -1 a lane
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));  // comparing two vf also gives this, with 0 or -1 in a lane
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
-typedef uint16_t vh __attribute__((vector_size(2 * LANES)));  // LANES stored 16-bit numbers
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));  // LANES 16-bit numbers, as stored
 typedef float half_vf __attribute__((vector_size(2 * LANES)));
 typedef double vd __attribute__((vector_size(4 * LANES)));  // LANES / 2 doubles
 
-// Storage types: never computed with, only loaded and stored.
+// Storage types. They are only loaded and stored; nothing is computed in them.
 struct bf16 {
     uint16_t bits;
 };
@@ -45,8 +46,8 @@ struct f16 {
     uint16_t bits;
 };
 
-// x in every lane. Not vf{} + x: 0 + x is an addition the compiler may not drop (-0), and it would cost every factor of
-// a product an instruction.
+// x in every lane. It is not written vf{} + x: the compiler may not drop the addition 0 + x (because of -0), and it
+// would cost every factor of a product an instruction.
 inline vf splat(float x) {
 #if defined(__AVX512F__)
     return (vf)_mm512_set1_ps(x);
@@ -62,9 +63,9 @@ inline vf splat(float x) {
 }
 inline vf zero() { return vf{}; }
 
-// From here on v is in a register: the compiler may not read it again from memory at every use, as it likes to do with
-// what is the operand of several products. Those loads would then be the limit (fp32 tiles of 4 rows with AVX-512: 175
-// GFLOP/s a core of a Zen 5, 215 so).
+// From here on v is in a register. Without this the compiler may read v again from memory at every use, which it likes
+// to do with the operand of several products. Those loads would then be the limit: tiles of 4 rows in fp32 with AVX-512
+// reached 175 GFLOP/s on a core of a Zen 5. With this they reach 215.
 template <class Vector>
 inline void hold(Vector& v) {
 #if defined(__AVX512F__)
@@ -87,7 +88,7 @@ inline To bits(From v) {
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 inline vu select(vi mask, vu yes, vu no) { return mask ? yes : no; }
 
-// a * b + c; one rounding wherever the machine can.
+// a * b + c, rounded once wherever the machine can do that.
 inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -100,7 +101,8 @@ inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// The larger; b where either is NaN. A maximum may thus lose a NaN: in a softmax the sum of exponentials still shows it.
+// The larger of the two, and b where either is NaN. So a maximum may lose a NaN. In a softmax the sum of the
+// exponentials still shows it.
 inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -126,7 +128,7 @@ inline vf sqrt(vf a) {
 #endif
 }
 
-// ---- reductions: always the same tree, halves added to halves --------------------------------------------------------
+// ---- reductions: always the same tree, halves added to halves -------------------------------------------------------
 
 inline float sum(vf v) {
 #if defined(__AVX512F__)
@@ -160,7 +162,7 @@ inline double sum(vd v) {
 #endif
 }
 
-// Lane 4 j + v: the sum of lanes 4 j .. 4 j + 3 of a[v].
+// Lane 4 j + v of the result is the sum of lanes 4 j .. 4 j + 3 of a[v].
 inline vf sum_fours(const vf (&a)[4]) {
 #if defined(__AVX512F__)
     const __m512 a0 = (__m512)a[0], a1 = (__m512)a[1], a2 = (__m512)a[2], a3 = (__m512)a[3];
@@ -181,7 +183,7 @@ inline vf sum_fours(const vf (&a)[4]) {
 
 inline float max_lane(vf v) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);  // the wait for it is a tenth of a short attention
+    return _mm512_reduce_max_ps((__m512)v);  // waiting for this maximum is a tenth of the time of a short attention
 #else
     float lane[LANES];
     memcpy(lane, &v, sizeof lane);
@@ -191,7 +193,7 @@ inline float max_lane(vf v) {
 #endif
 }
 
-// The LANES floats as doubles, low lanes first.
+// The floats as doubles, the low lanes first.
 inline void widen(vf v, vd& low, vd& high) {
     half_vf half[2];
     memcpy(half, &v, sizeof v);
@@ -199,7 +201,8 @@ inline void widen(vf v, vd& low, vd& high) {
     high = __builtin_convertvector(half[1], vd);
 }
 
-// ---- float load and store; the forms with n take the first n < LANES lanes, touch no memory past them, and read 0 there -----
+// ---- float load and store ------------------------------------------------------------------------------------------
+// The forms with n take the first n < LANES lanes. They touch no memory past these, and read 0 in the other lanes.
 
 inline vf load(const float* p) {
     vf v;
@@ -209,7 +212,7 @@ inline vf load(const float* p) {
 
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
-// The 16 bytes at p, over and over.
+// The 16 bytes at p, repeated over the whole vector.
 inline vf load_again(const void* p) {
 #if defined(__AVX512F__)
     return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)));
@@ -241,7 +244,7 @@ inline void store(float* p, vf v, int n) {
 }
 #endif
 
-// The first n lanes of v, the others of `rest`.
+// The first n lanes of v, and the other lanes of `rest`.
 inline vf first_of(vf v, int n, vf rest) {
 #if defined(__AVX512F__)
     return (vf)_mm512_mask_mov_ps((__m512)rest, first(n), (__m512)v);
@@ -253,8 +256,9 @@ inline vf first_of(vf v, int n, vf rest) {
 }
 
 // ---- 16-bit storage ------------------------------------------------------------------------------------------------
-// Stores round to nearest, ties to even, denormals kept, a NaN stays a NaN. Done on the integers where the machine's own
-// instruction would flush denormals (bfloat16) or is missing (half precision on the plain machine).
+// Stores round to the nearest number, ties to even. They keep denormals, and a NaN stays a NaN. They compute on
+// integers where the machine's own instruction would flush denormals (bfloat16) or is missing (half precision on the
+// plain machine).
 
 inline vf widen_bf16(vh h) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
 
@@ -274,7 +278,7 @@ inline vf widen_f16(vh h) {
     const vu u = __builtin_convertvector(h, vu);
     const vu sign = (u & 0x8000u) << 16, magnitude = (u & 0x7fffu) << 13, exponent = magnitude & (0x1fu << 23);
     const vu normal = magnitude + ((127u - 15u) << 23);
-    const vu special = normal + ((128u - 16u) << 23);  // infinity, NaN: the exponent must be all ones
+    const vu special = normal + ((128u - 16u) << 23);  // for infinity and NaN the exponent must be all ones
     const vf denormal = bits<vf>(normal + (1u << 23)) - bits<float>(113u << 23);
     vu result = select((vi)(exponent == (0x1fu << 23)), special, normal);
     result = select((vi)(exponent == 0u), bits<vu>(denormal), result);
@@ -289,7 +293,8 @@ inline vh narrow_f16(vf v) {
     return bits<vh>(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
     const vu u = bits<vu>(v), sign = u & 0x80000000u, magnitude = u ^ sign;
-    // A float whose last place is the smallest half: adding it makes the adder itself round to half denormals.
+    // The magic number is a float whose last place is the smallest half. Adding it makes the adder itself round to half
+    // denormals.
     const uint32_t magic = ((127u - 15u) + (23u - 10u) + 1u) << 23;
     const vu denormal = bits<vu>(bits<vf>(magnitude) + bits<float>(magic)) - magic;
     const vu normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -343,15 +348,18 @@ inline void store(f16* p, vf v, int n) { store_bits(&p->bits, narrow_f16(v), n);
 
 // ---- exp -----------------------------------------------------------------------------------------------------------
 
-// e^x with a largest error of 0.71 ulp, denormal results 0.78 ulp (measured); 0 and infinity past the range, NaN for NaN.
-// x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q the minimax polynomial (error 0.07 ulp). The rounding errors
-// of r and of 1 + r are carried along: they would be most of the error, without FMA up to 1.2 ulp.
+// e^x. The largest error is 0.71 ulp, and 0.78 ulp where the result is denormal (measured). Past the range the result
+// is 0 or infinity, and NaN gives NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + r + r^2 q(r), where q is the minimax polynomial (its error is 0.07
+// ulp). The rounding errors of r and of 1 + r are carried along, because they would be most of the error: without FMA
+// up to 1.2 ulp.
 inline vf exp(vf x) {
     const vf bounded = select(x > splat(89.0f), splat(89.0f), select(x < splat(-104.0f), splat(-104.0f), x));
     const float round_to_int = 0x1.8p23f;  // floats this large are whole numbers
     const vf shifted = bounded * 0x1.715476p0f + round_to_int;
     const vf n = shifted - round_to_int;
-    const vf head = bounded - n * 0x1.62e4p-1f;  // exact: 15 bits times 8 bits, and the difference cancels
+    const vf head =
+        bounded - n * 0x1.62e4p-1f;  // this is exact: n has 8 bits, its factor has 15, and the difference cancels
     const vf tail = n * 0x1.7f7d1cp-20f;
     const vf r = head - tail;
     const vf r_error = (head - r) - tail;
@@ -365,7 +373,8 @@ inline vf exp(vf x) {
 #if defined(__AVX512F__)
     return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
-    // 2^n in two factors, both normal numbers: the first product is exact, so a denormal result is rounded once more only.
+    // 2^n is applied in two factors, which are both normal numbers. The first product is exact, so a denormal result is
+    // rounded only once more.
     const vi whole = bits<vi>(shifted) - bits<int32_t>(round_to_int);
     const vi first_half = whole >> 1;
     const vi second_half = whole - first_half;

@@ -1,24 +1,25 @@
-// The queries of one (row, head), a window of them, against its cache and, causally, each other.
+// The attention of one (row, head): a window of queries against its cache and, causally, against each other.
 //
-// Keys lie in blocks of 16, 16 bytes (4 fp32 or 8 bf16 numbers) of each together, [T/16][Ep/4][16][4] (bf16:
-// [T/16][Ep/8][16][8]), so that appending a key writes 16 bytes at a time, and scores read straight ahead. A vector
-// holds pieces of LANES / 4 keys; the order of the 16 within a block (slot_of) is the one in which sum_fours gives scores in
-// the order of the keys. Values are rows, [T][Ep] (bf16: pairs of rows, [T/2][Ep][2]). Where the machine multiplies
-// bf16 pairs, queries and probabilities are rounded to bf16 as well; elsewhere they stay fp32. A score is the sum of 8
-// chains over the head, an output the sum of two chains over the keys. No order depends on the number of queries, the row
-// or the thread, so a query has the same bits alone and in a window; and keys after its own count for nothing, whatever
-// they hold, NaN included.
+// Keys lie in blocks of 16. Of each key 16 bytes lie together (4 numbers in fp32, 8 in bf16): [T/16][Ep/4][16][4], in
+// bf16 [T/16][Ep/8][16][8]. So appending a key writes 16 bytes at a time, and the scores read straight ahead. A vector
+// holds pieces of LANES / 4 keys. The order of the 16 keys within a block (slot_of) is the one in which sum_fours gives
+// the scores in the order of the keys. Values are rows, [T][Ep], and in bf16 pairs of rows, [T/2][Ep][2].
+//
+// Where the machine multiplies pairs of bf16, queries and probabilities are rounded to bf16 as well. Elsewhere they
+// stay fp32. A score is the sum of 8 chains over the head, and an output is the sum of two chains over the keys. No
+// order of summation depends on the number of queries, the row or the thread, so a query has the same bits alone and in
+// a window. Keys after a query's own count for nothing, whatever they hold, NaN included.
 #pragma once
 #include "operand.h"
 
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t VALUES = 64;  // values at a time, read once for all queries of a window
+constexpr int64_t VALUES = 64;  // this many values at a time are read once for all queries of a window
 
 // ---- what a cache of fp32 or bf16 does differently ----------------------------------------------------------------
 
-// A query as the scores take it.
+// The type in which the scores take a query.
 template <class Cache>
 struct QueryOf {
     typedef float Type;
@@ -30,7 +31,7 @@ struct QueryOf<bf16> {
 };
 #endif
 
-// Numbers of a key that lie together.
+// How many numbers of a key lie together.
 template <class Cache>
 constexpr int64_t PIECE = 16 / sizeof(Cache);
 
@@ -42,7 +43,7 @@ inline Cache* piece(Cache* keys, int64_t Ep, int64_t e, int64_t t) {
     return keys + t / KEYS * (KEYS * Ep) + e * KEYS + slot_of(t) * PIECE<Cache>;
 }
 
-// Numbers e .. e + 16 of key t.
+// Stores numbers e .. e + 16 of key t.
 inline void store_key(float* keys, int64_t Ep, int64_t e, int64_t t, const float* key) {
     for (int64_t k = 0; k < 16; k += 4) memcpy(piece(keys, Ep, e + k, t), key + k, 16);
 }
@@ -54,14 +55,14 @@ inline void store_key(bf16* keys, int64_t Ep, int64_t e, int64_t t, const float*
     memcpy(piece(keys, Ep, e + 8, t), reinterpret_cast<const char*>(narrow) + 16, 16);
 }
 
-// Numbers e .. e + 16 of a query, at q.
+// Stores 16 numbers of a query at q, multiplied by the factor.
 template <class Cache>
 inline void store_query(typename QueryOf<Cache>::Type* q, const float* query, float factor) {
     for (int k = 0; k < 16; k += LANES) store(q + k, load(query + k) * factor);
 }
 
 #if !defined(__AVX512BF16__)
-template <>  // of each 8 the even ones, then the odd ones, as the halves of a word are multiplied
+template <>  // of each 8 numbers first the even ones, then the odd ones, as add_piece takes them
 inline void store_query<bf16>(float* q, const float* query, float factor) {
     for (int k = 0; k < 16; ++k) q[k / 8 * 8 + k % 2 * 4 + k % 8 / 2] = query[k] * factor;
 }
@@ -74,7 +75,7 @@ inline void store_value(float* values, int64_t Ep, int64_t e, int64_t t, vf valu
 inline void store_value(bf16* values, int64_t Ep, int64_t e, int64_t t, vf value) {
     bf16* at = values + (t & ~int64_t(1)) * Ep + 2 * e;
     vu pair = __builtin_convertvector(narrow_operand(value), vu);
-    if (t % 2) {  // else nothing is read, which would wait for the cache
+    if (t % 2) {  // a new pair is not read, which would wait for the cache
         vu even;
         memcpy(&even, at, sizeof even);
         pair = (even & 0xffffu) | pair << 16;
@@ -82,7 +83,7 @@ inline void store_value(bf16* values, int64_t Ep, int64_t e, int64_t t, vf value
     memcpy(at, &pair, sizeof pair);
 }
 
-// sum += the products of a piece of LANES / 4 keys and that of the query.
+// sum += the products of a piece of LANES / 4 keys and the same piece of the query.
 inline vf add_piece(vf sum, const float* q, const float* keys) { return fma(load_again(q), load(keys), sum); }
 
 inline vu load_pairs(const bf16* p) {
@@ -108,7 +109,7 @@ inline vf add_piece(vf sum, const float* q, const bf16* keys) {
 }
 #endif
 
-// Two chains of products of probabilities and values, keys t .. t + 3, the last n - t of them where there are fewer.
+// Adds the products of probabilities and values of keys t .. t + 3 to two chains.
 inline void add_four(const float* p, const float* values, int64_t Ep, int64_t e, int64_t t, vf& first, vf& second) {
     values += t * Ep + e;
     first = fma(splat(p[t]), load(values), first);
@@ -170,8 +171,8 @@ inline void score_block(const Query* q, const Cache* keys, int64_t Ep, float* sc
     }
 }
 
-// scores[0 .. n) -> exp(score - max), zeros up to a whole block; returns the sum. Query bf16: the probabilities are
-// left as bf16 at the start of the row, and the sum is that of the rounded ones.
+// Replaces scores[0 .. n) by exp(score - max) and sets the rest of the last block to 0. Returns the sum. When Query is
+// bf16 the probabilities are left as bf16 at the start of the row, and the sum is that of the rounded ones.
 template <class Query>
 inline float soft_max(float* scores, int64_t n) {
     const int64_t end = round_up(n, KEYS);
@@ -182,7 +183,7 @@ inline float soft_max(float* scores, int64_t n) {
     for (int64_t t = 0; t < end; t += LANES) most = max(most, load(scores + t));
     const vf largest = splat(max_lane(most));
     vf total = zero();
-    Query* p = reinterpret_cast<Query*>(scores);  // behind or at what is read
+    Query* p = reinterpret_cast<Query*>(scores);  // it writes at or behind what it reads, never ahead
     for (int64_t t = 0; t < end; t += LANES) {
         const vf probability = exp(load(scores + t) - largest);
         store(p + t, probability);
@@ -191,8 +192,8 @@ inline float soft_max(float* scores, int64_t n) {
     return sum(total);
 }
 
-// sums (2 chains, Ep each; from 0 on where begin is 0) += p[t] values[t] for begin <= t < end, begin a multiple of 4; V
-// vectors of the head from e on.
+// Adds p[t] values[t] for begin <= t < end to `sums`, for V vectors of the head from e on. `sums` holds two chains of
+// Ep numbers each, which start at 0 when begin is 0. begin is a multiple of 4.
 template <int V, class Query, class Cache>
 inline void add_values(const Query* p, const Cache* values, int64_t Ep, int64_t e, int64_t begin, int64_t end,
                        float* sums) {
@@ -229,12 +230,12 @@ inline Bytes attention_scratch(int64_t queries, int64_t Ep, int64_t Tp) {
 template <class Query, class Cache, class Operand>
 struct Attention {
     int64_t E, Ep, Tp;  // as in Shape
-    int64_t queries;    // the first stands at `position` and sees the keys 0 .. position
+    int64_t queries;    // how many; the first stands at `position` and sees the keys 0 .. position
     int64_t position;
-    const Query* q;  // rows of Ep, already scaled, `q_stride` apart
+    const Query* q;  // rows of Ep numbers, already scaled, `q_stride` apart
     int64_t q_stride;
     const Cache *keys, *values;
-    Operand* out;  // E operands a query, `out_stride` apart
+    Operand* out;  // E operands for each query, `out_stride` apart
     int64_t out_stride;
     float* scratch;  // attention_scratch() floats, 64-byte aligned
 };

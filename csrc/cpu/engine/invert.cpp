@@ -1,6 +1,7 @@
 // The inverse of a block, one token after another:  x_0 = z_0;  x_{i+1} = transform(z_{i+1}, parameters of token i).
 //
-// Work is counted in stages, L + 2 a token (embed, layers, tail), so that a run can stop and go on between any two.
+// Work is counted in stages, L + 2 for a token (embed, the layers, the tail), so that a run can stop and go on between
+// any two of them.
 #include "run.h"
 #include "transforms/transforms.h"
 
@@ -9,26 +10,26 @@ namespace {
 
 struct Job;
 
-// Finds the tokens that follow token i, of batch rows `rows`, and adds their share of the log-det.
+// Finds the token that follows token i, of the batch rows `rows`, and adds their share of the log-det.
 typedef void (*Update)(const Job& job, Range rows, int64_t i);
 
 struct Job {
     const Plan& plan;
     Workspace& space;
     const tf_inversion& in;
-    int64_t share;  // engine rows of a batch row: conditional and, under guidance, unguided, side by side
-    Update update;  // of the block's transform
+    int64_t share;  // engine rows of a batch row: the conditional one and, under guidance, the unguided one after it
+    Update update;  // for the block's transform
 
     int64_t token(int64_t i) const { return in.order ? in.order[i] : i; }
     float* x(int64_t b, int64_t i) const { return in.x + (b * plan.shape.T + token(i)) * plan.shape.D; }
     const float* z(int64_t b, int64_t i) const { return in.z + (b * plan.shape.T + token(i)) * plan.shape.D; }
 };
 
-// The parameters of one token of one batch row, (PARTS, D): p + g (p - q) in the parts that guidance acts on, p being
-// those of the conditional row and q those of the unguided one.
+// The parameters of one token of one batch row, (PARTS, D), after guidance. With p those of the conditional row
+// and q those of the unguided row they are p + g (p - q) in the parts that guidance acts on, and p in the others.
 template <int PARTS>
 struct Guided {
-    const float *own, *unguided;  // the latter nullptr without guidance
+    const float *own, *unguided;  // unguided is nullptr without guidance
     int64_t D;
     vf strength;  // g
     bool acts_on[PARTS];
@@ -68,7 +69,8 @@ void run_stage(const Job& job, const Pass& p, int64_t stage) {
     } else {
         Stages<Precision>::project_out(p);
         Range mine = p.team.mine(p.rows.size() / job.share);
-        if (p.by_parts && panels(s.out) == 1)  // whoever made the one panel updates all rows: a meeting less
+        // The thread that made the one panel updates all rows, which saves a meeting.
+        if (p.by_parts && panels(s.out) == 1)
             mine = {0, p.team.mine(1).size() * (p.rows.size() / job.share)};
         else
             p.meet();
@@ -79,9 +81,10 @@ void run_stage(const Job& job, const Pass& p, int64_t stage) {
     }
 }
 
-// Threads that share columns meet every few microseconds; one that has lost its core to another program stops them all
-// for a time slice. When most of CROWDED seconds went into such waits, one thread goes on alone for ALONE seconds: the
-// bits are the same. Less would take the waking of an idle core (up to milliseconds on a virtual machine) for a crowd.
+// Threads that share columns meet every few microseconds. A thread that has lost its core to another program stops them
+// all for a time slice. When most of CROWDED seconds went into such waits, one thread goes on alone for ALONE seconds;
+// the bits are the same. A shorter CROWDED would mistake the waking of an idle core, which takes up to milliseconds on
+// a virtual machine, for a crowd.
 constexpr double CROWDED = 0.05, ALONE = 0.5;
 
 void note_waits(Workspace& space, double elapsed, double waited) {
@@ -101,13 +104,14 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
     if (!by_rows && in.split == TF_SPLIT_AUTO && start < job.space.alone_until) threads = 1;
     int64_t stop = end;
     if (by_rows) {
-        // Threads never meet, so where they stop is settled before: by the time the last run took a stage.
+        // These threads never meet, so where they stop is settled before they start, by the time that a stage took in
+        // the last run.
         const double each = job.space.unit_seconds;
         const int64_t fit = each > 0 ? int64_t(limit / each) : stages;
         stop = begin + (fit < 1 ? 1 : fit);
         if (stop > end) stop = end;
     }
-    // Two flags in turn: a slow thread may still read the one while the next is written.
+    // Two flags are used in turn, because a slow thread may still read one while the next is written.
     int64_t reached = begin, late[2] = {0, 0};
     double waited = 0.0;
     run_teams(useful_threads(job.plan, threads, by_rows), by_rows, in.batch, job.share, [&](const Member& member) {
@@ -116,12 +120,12 @@ void run(const Job& job, int64_t* stage, int64_t end, double limit, int threads)
         Pass p(job.plan, job.space, member, 1, &clock);
         p.query_scale = in.query_scale, p.order = in.order;
         const size_t h_bytes = size_t(p.rows.size() * stride(job.plan.shape.C)) * sizeof(float);
-        // The run that goes on from here may have another number of threads: between two, h is the workspace's.
+        // The run that goes on from here may have another number of threads, so between two runs h is in the workspace.
         if (p.by_parts && begin % stages) memcpy(p.h, job.space.h, h_bytes);
         int64_t checks = 0;
         for (int64_t at = begin; at < stop; ++at) {
             p.position = at / stages;
-            // Decided before the stage's own meetings, hence known to all after them.
+            // This is decided before the stage's own meetings, so all threads know it after them.
             const bool check = !by_rows && !(p.by_parts && at % stages == 0);
             int64_t* flag = &late[(checks += check) & 1];
             if (check && team.rank == 0) __atomic_store_n(flag, seconds() - start > limit, __ATOMIC_RELEASE);

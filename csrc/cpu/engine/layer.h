@@ -1,6 +1,7 @@
-// What one thread of a team does in each stage of a pass: W tokens of each row through the net. Threads own columns, and
-// meet at the end of a stage, so the next may read what any thread wrote; or they share sums (Pass::by_parts), and meet
-// only over these. proj_out leaves the meeting to its caller. A team of one owns everything.
+// What one thread of a team does in each stage of a pass, which takes W tokens of each row through the net. Threads own
+// columns and meet at the end of a stage, so that the next stage may read what any thread wrote. Or they share sums
+// (Pass::by_parts) and meet only over these. project_out leaves the meeting to its caller. A team of one owns
+// everything.
 #pragma once
 #include "../gelu.h"
 #include "attention.h"
@@ -12,12 +13,12 @@
 namespace tf::TF_ISA {
 namespace {
 
-// The tokens a pass starts from: rows of D floats; `share` engine rows (2 under guidance) read one row of them, the
-// first with its label, the second without.
+// The tokens that a pass starts from, rows of D floats. One row of them serves `share` engine rows (2 under guidance):
+// the first takes the label of the row, and the second takes none.
 struct Tokens {
     const float* base;
     int64_t row_stride, token_stride, share;
-    const int64_t* labels;  // of each row, negative for none; nullptr: none
+    const int64_t* labels;  // of each row, negative for none; nullptr: no row has one
 
     const float* at(int64_t row, int64_t token) const { return base + row / share * row_stride + token * token_stride; }
     const float* class_embedding(const Plan& plan, int64_t row) const {
@@ -26,7 +27,7 @@ struct Tokens {
     }
 };
 
-// Whether labels of n rows are below the number of classes, as far as there are any.
+// Whether the labels of n rows, where there are any, are below the number of classes.
 inline bool are_labels(const Shape& s, const int64_t* labels, int64_t n) {
     for (int64_t row = 0; labels && s.classes && row < n; ++row)
         if (labels[row] >= s.classes) return false;
@@ -40,31 +41,33 @@ inline bool are_places(const Shape& s, const int32_t* order) {
     return true;
 }
 
-constexpr int64_t SMALL_PLAN = int64_t(8) << 20;  // bytes of weights that are read in little more than a meeting takes
+// Weights of so many bytes are read in little more time than a meeting takes.
+constexpr int64_t SMALL_PLAN = int64_t(8) << 20;
 
-// Whether a team shares sums (Pass::by_parts) for so many activation rows. One row through 4 layers of C 128 in bf16
-// takes two threads of a Zen 5 10 us rather than 11, and while its two cores were far apart 17 rather than 21; at C 256
-// in fp32, 12 MB of weights, nothing is gained.
+// Whether a team shares sums (Pass::by_parts) for so many activation rows. Measured on two threads of a Zen 5 with one
+// row through 4 layers of C 128 in bf16: 10 us with shared sums, 11 without. While the two cores were far apart: 17 and
+// 21. At C 256 in fp32, which is 12 MB of weights, nothing is gained.
 inline bool share_sums(const Plan& plan, const Team& team, int64_t rows) {
     return team.size > 1 && team.size <= plan.shape.parts && rows <= PART_ROWS && plan.bytes <= SMALL_PLAN;
 }
 
-// A pass as one thread sees it. Its caller says where it stands and what it is told: position, query_scale and order.
+// A pass as one thread sees it. The constructor's caller sets position, query_scale and order.
 struct Pass {
     const Plan& plan;
     Workspace& space;
     const Scratch& scratch;  // of this thread
     const Team team;
     const Range rows;      // engine rows of this team
-    const int64_t window;  // tokens a row, W
+    const int64_t window;  // W, the tokens of each row
     // Threads share the sums over the inputs of proj and fc2 rather than their columns: each multiplies what it has
-    // made itself, and keeps all of h. Two meetings a layer instead of four; for few rows, whose sums are few.
+    // made itself, and keeps all of h. This takes two meetings a layer instead of four. It is for few rows, whose sums
+    // are few.
     const bool by_parts;
     float* const h;                      // [m][stride(C)]
     Clock* const clock;                  // of this thread
     int64_t position = 0;                // of the first token of the window, in net order
-    const float* query_scale = nullptr;  // [R]: 1 over the temperature of the row; nullptr for 1
-    const int32_t* order = nullptr;      // [T]: the row of pos_embed of a token of net order; nullptr: its own number
+    const float* query_scale = nullptr;  // [R]: 1 over the temperature of the row; nullptr stands for 1
+    const int32_t* order = nullptr;      // [T]: the row of pos_embed of the i-th token that the net sees; nullptr: i
 
     Pass(const Plan& plan, Workspace& space, const Member& member, int64_t window, Clock* clock)
         : plan(plan),
@@ -77,12 +80,12 @@ struct Pass {
           h(by_parts ? scratch.h : space.h),
           clock(clock) {}
 
-    // All of the team have come here.
+    // Returns when all threads of the team have come here.
     void meet() const {
         team.barrier->wait(team.rank, team.size);
         clock->mark(TF_PART_WAIT);
     }
-    // What of n groups or panels, cut into the parts of a sum, belongs to this thread's parts.
+    // The share of n groups or panels, cut as the parts of a sum are, that belongs to this thread's parts.
     Range in_my_parts(int64_t n) const {
         const Range parts = team.mine(plan.shape.parts);
         return {share(n, parts.begin, plan.shape.parts).begin, share(n, parts.end - 1, plan.shape.parts).end};
@@ -96,8 +99,8 @@ struct Stages {
     typedef typename Precision::Cache Cache;
     typedef typename QueryOf<Cache>::Type Query;
 
-    // Panels `mine` of m applied to the activation rows of the team, a block of rows at a time; load(begin, end) gives
-    // a block's operands (of the matrix's kind), done(tile) takes the results.
+    // Multiplies panels `mine` of m with the activation rows of the team, a block of rows at a time. load(begin, end)
+    // gives the operands of a block, of the matrix's kind, and done(tile) takes the results.
     template <class Load, class Done>
     static void product(const Pass& p, const Matrix& m, Range mine, int64_t operand_stride, Load load, Done done,
                         int64_t part = ALL) {
@@ -117,7 +120,8 @@ struct Stages {
         }
     }
 
-    // f(y, m, column, n) for every LANES columns (n < LANES at the ragged end) of every row of a tile of `width` columns.
+    // Calls f(y, m, column, n) for every LANES columns of every row of a tile of a matrix with `width` columns. n <
+    // LANES at the ragged end.
     template <class Function>
     static void each(const Tile& tile, int64_t width, Function f) {
         const int64_t first = tile.panel * PANEL, end = width - first < PANEL ? width - first : PANEL;
@@ -135,7 +139,7 @@ struct Stages {
         for (int64_t m = begin; m < end; ++m) {
             Operand* row = y + (m - begin) * stride(C);
             layer_norm(p.h + m * stride(C), norm.gain, norm.shift, C, row);
-            store(row + C, zero(), 1);  // the second of the last pair when C is odd
+            store(row + C, zero(), 1);  // when C is odd this is the second of the last pair
         }
         return y;
     }
@@ -171,8 +175,8 @@ struct Stages {
         return static_cast<Cache*>(p.space.cache) + ((layer * p.space.rows + row) * s.H + head) * (s.Tp * 2 * s.Ep);
     }
 
-    // Columns of qkv: queries scaled and kept, keys and values appended to the cache in place. Where 16 columns belong is
-    // divided out once a tile and counted on from there.
+    // Takes a tile of qkv: it scales and keeps queries, and appends keys and values to the cache in place. Where the
+    // first 16 columns belong is computed once a tile, by division, and counted on from there.
     static void scatter(const Pass& p, int64_t layer, const Tile& tile) {
         const Shape& s = p.plan.shape;
         const float logits = 1.0f / sqrtf(float(s.E));
@@ -201,7 +205,7 @@ struct Stages {
         }
     }
 
-    // One (row, head): all its queries.
+    // All queries of one (row, head).
     static void attend_one(const Pass& p, int64_t layer, int64_t row, int64_t head) {
         const Shape& s = p.plan.shape;
         const int64_t m = row * p.window;
@@ -222,7 +226,7 @@ struct Stages {
         const Layer& weights = p.plan.layers[layer];
         const auto load_rows = [&](int64_t begin, int64_t end) { return normalised(p, weights.norm1, begin, end); };
         const auto done = [&](const Tile& tile) { scatter(p, layer, tile); };
-        if (p.by_parts || s.groups % p.team.size == 0) {  // own heads from end to end
+        if (p.by_parts || s.groups % p.team.size == 0) {  // this thread has its own heads from end to end
             const Range groups = p.by_parts ? p.in_my_parts(s.groups) : p.team.mine(s.groups);
             product(p, weights.qkv, {groups.begin * s.group_panels, groups.end * s.group_panels}, stride(s.C),
                     load_rows, done);
@@ -242,7 +246,7 @@ struct Stages {
         if (!p.by_parts) p.meet();
     }
 
-    // h += a matrix applied to stored operands
+    // h += a matrix times stored operands.
     static void residual(const Pass& p, const Matrix& matrix, const void* operands, int64_t operand_stride, int part) {
         const Shape& s = p.plan.shape;
         const Operand* a = static_cast<const Operand*>(operands);
@@ -258,8 +262,8 @@ struct Stages {
         p.meet();
     }
 
-    // Own parts of the sums; after the meeting all of them, in the order of `matmul`. The sums of proj are overwritten
-    // when all have met over those of fc2, and the other way round.
+    // Computes this thread's parts of the sums and, after the meeting, adds all parts in the order of `matmul`. The
+    // sums of proj are overwritten only after all threads have met over the sums of fc2, and the other way round.
     template <class Load>
     static void residual_by_parts(const Pass& p, const Matrix& matrix, Load load_rows, int64_t operand_stride,
                                   int part) {
@@ -309,7 +313,7 @@ struct Stages {
         residual(p, weights.fc2, p.space.hidden, stride(s.F), TF_PART_FC2);
     }
 
-    // ab = proj_out(h); the team has yet to meet over it
+    // ab = proj_out(h). The team has yet to meet over it.
     static void project_out(const Pass& p) {
         const Shape& s = p.plan.shape;
         const auto load_rows = [&](int64_t begin, int64_t) { return p.h + begin * stride(s.C); };

@@ -5,10 +5,11 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 16384;  // of a panel, for several tiles: all but the first find it in the L1 cache
+// Several tiles take so many bytes of a panel in turn: all but the first tile find them in the L1 cache.
+constexpr int64_t CHUNK_BYTES = 16384;
 constexpr int MAX_ROWS = 6;
 
-// How many vectors of columns a tile of M rows has: all accumulators, one row of weights and a factor stay in
+// How many vectors of columns a tile of M rows has. All accumulators, one row of weights and a factor stay in
 // registers.
 constexpr int columns_of(int M) {
     if (LANES == 16) return 4;
@@ -16,13 +17,13 @@ constexpr int columns_of(int M) {
     return M <= 3 ? 4 : 2;
 }
 
-// Whether a row of weights is held in registers beside the accumulators: with 16 registers there is not always room.
+// Whether a row of weights is held in registers beside the accumulators. With 16 registers there is not always room.
 template <int M, int V>
 constexpr bool held = M > 1 && (M + 1) * V < (LANES == 16 ? 32 : 16);
 
-// step(): the products of one stored row of weights, V vectors from w on, with M rows of a; INPUTS inputs. After RUN
-// steps the sums are added to the total and start again at 0: the rounding error of long sums is a third of one
-// chain's.
+// step() adds the products of one stored row of weights, V vectors from w on, with M rows of a. Such a row covers
+// INPUTS inputs. After RUN steps the sums are added to the total and start again at 0. This makes the rounding error of
+// a long sum a third of what one chain would have.
 struct MathF32 {
     typedef float Operand;
     typedef float Weight;
@@ -61,7 +62,8 @@ struct MathBf16 {
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
             __m512i pairs = _mm512_loadu_si512(w + 2 * v * LANES);
-            if (held<M, V>) hold(pairs);  // as integers: some compilers know no register for 16-bit floats
+            // They are held as integers, because some compilers know no register for 16-bit floats.
+            if (held<M, V>) hold(pairs);
             row[v] = (__m512bh)pairs;
         }
 #pragma GCC unroll 16
@@ -94,7 +96,8 @@ struct MathInt8 {
     typedef float Operand;
     typedef int8_t Weight;
     static constexpr int INPUTS = 1, RUN = 32;
-    static constexpr int64_t AHEAD = 8192;  // bytes; a row of weights is one line, too slow for the machine's own guess
+    // In bytes. A row of int8 weights is one cache line, and the machine's own fetching ahead is too slow for that.
+    static constexpr int64_t AHEAD = 8192;
 
     static inline vf widen(const int8_t* w) {
 #if defined(__AVX512F__)
@@ -126,9 +129,9 @@ struct MathInt8 {
 
 // Where a chunk of inputs stands.
 struct Ends {
-    bool first, last;           // of its part
-    bool start, end;            // whether that is the first, the last part of the sum
-    const float *scale, *bias;  // of the panel; used at the end
+    bool first, last;           // whether it is the first, the last chunk of its part
+    bool start, end;            // whether its part is the first, the last part of the sum
+    const float *scale, *bias;  // of the panel; they are applied at the end
 };
 
 // One row tile of one panel over one chunk of inputs.
@@ -143,12 +146,13 @@ struct TileJob {
     const char* ahead;  // weights that will be needed next
 };
 
-// LINES: cache lines from `ahead` on fetched every step: tiles after the first find their own in the cache, and would
-// leave the memory idle.
+// Every step fetches LINES cache lines from `ahead` on. Tiles after the first find their own weights in the cache, and
+// without this would leave the memory idle.
 template <class Math, int M, int LINES>
 void tile(const TileJob& job) {
     const int64_t stride = job.stride, steps = job.steps;
-    const Ends& ends = *job.ends;  // not a copy: with one, g++ 12 makes the code of a tile half as long again
+    // This is a reference because with a copy g++ 12 makes the code of a tile half as long again.
+    const Ends& ends = *job.ends;
     float *const y = job.y, *const of_part = job.of_part;
     const char* ahead = job.ahead;
     constexpr int V = columns_of(M);
@@ -231,8 +235,8 @@ void multiply(const Product& product) {
                 const int64_t inputs = end_k - k < chunk ? end_k - k : chunk, steps = inputs / Math::INPUTS;
                 ends.first = k == begin_k, ends.last = k + inputs == end_k;
                 const Weight* w = weights + panel * m.inputs * PANEL + k * PANEL;
-                // What follows in memory is what comes next; past the last panel of this share it may be another
-                // thread's, or nobody's (fetching ahead never faults).
+                // What follows in memory is what comes next. Past the last panel of this share it may be another
+                // thread's, or nobody's. Fetching ahead never faults.
                 const char* next = reinterpret_cast<const char*>(w + inputs * PANEL);
                 const int64_t lines = inputs * PANEL * int64_t(sizeof(Weight)) / 64;
                 for (int64_t t = 0; t < tiles; ++t) {
@@ -244,8 +248,10 @@ void multiply(const Product& product) {
                     job.weights = w, job.steps = steps, job.ends = &ends;
                     job.y = y + begin * PANEL, job.of_part = of_part + begin * PANEL;
                     job.ahead = next + lines * t / tiles * 64;
-                    if (tiles == 1) {  // it meets its weights first, in order: the machine fetches ahead by itself
-                        // (a part alone is short, and what follows it is another thread's)
+                    if (tiles == 1) {
+                        // This tile meets its weights first and in order, so the machine fetches ahead by itself. In
+                        // int8 it is told to, except for a part alone: that is short, and what follows it is another
+                        // thread's.
                         run = Math::AHEAD && whole ? choose<Math, 1>(height) : choose<Math, 0>(height);
                         job.ahead = reinterpret_cast<const char*>(w) + Math::AHEAD;
                     }

@@ -1,4 +1,4 @@
-// LayerNorm in float32: mean first, then the centred sum of squares; nothing cancels.
+// LayerNorm in float32. The mean comes first, then the sum of the centred squares, so nothing cancels.
 #pragma once
 #include "operand.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr float NORM_EPS = 1e-5f;
 
-// Sum of f(k, n) over whole vectors and the tail; f gives 0 in lanes past n.
+// The sum of f(k, n) over whole vectors and the tail. f gives 0 in the lanes past n.
 template <class Function>
 inline float sum_row(int64_t n, Function f) {
     vf parts[4] = {};
@@ -19,7 +19,7 @@ inline float sum_row(int64_t n, Function f) {
     return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
-// y = (x - mean) / sqrt(var + eps) * gain + shift, stored as operands. x, gain, shift: n floats.
+// y = (x - mean) / sqrt(var + eps) * gain + shift, stored as operands. x, gain and shift are n floats.
 template <class Operand>
 inline void layer_norm(const float* x, const float* gain, const float* shift, int64_t n, Operand* y) {
     const float mean = sum_row(n, [=](int64_t k, int m) { return load_part(x + k, m); }) / float(n);

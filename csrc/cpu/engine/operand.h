@@ -1,11 +1,12 @@
 // The number formats of the three precisions.
 //
-//   fp32   weights, GEMM operands and cache fp32
-//   bf16   weights, GEMM operands and cache bf16, sums fp32. Where the machine multiplies bf16 (vdpbf16ps) operands are
-//          stored as bf16 and denormal operands count as 0; elsewhere the same rounded values are stored as floats
-//   int8   weights int8 with a scale for each output column, operands fp32, cache bf16
+//   fp32   weights, operands of products and cache are fp32
+//   bf16   weights, operands of products and cache are bf16, and sums are fp32. Where the machine multiplies bf16
+//          (vdpbf16ps) operands are stored as bf16, and a denormal operand counts as 0. Elsewhere the same rounded
+//          values are stored as floats
+//   int8   weights are int8 with a scale for each output column, operands are fp32, the cache is bf16
 //
-// proj_in, proj_out, residual stream, statistics, softmax, GELU, exp and log-det are fp32 in all three.
+// proj_in, proj_out, the residual stream, statistics, softmax, GELU, exp and log-det are fp32 in all three.
 #pragma once
 #include "../vec.h"
 #include "sizes.h"
@@ -28,7 +29,8 @@ inline vf load(const rounded* p) { return load(&p->value); }
 inline void store(rounded* p, vf v) { store(&p->value, round_to_bf16(v)); }
 inline void store(rounded* p, vf v, int n) { store(&p->value, round_to_bf16(v), n); }
 
-// What the machine's own conversion makes of v: to the nearest, denormals to 0, as its products take them anyway.
+// What the machine's own conversion makes of v: the nearest number, with denormals set to 0, as its products take them
+// anyway.
 inline vh narrow_operand(vf v) {
 #if defined(__AVX512BF16__)
     return bits<vh>(_mm512_cvtneps_pbh((__m512)v));
@@ -69,7 +71,7 @@ struct PrecisionInt8 {
     typedef bf16 Cache;
 };
 
-// y[0..n) = v's of f(k) for whole vectors and the tail.
+// Stores f(k, n) at y + k, for whole vectors and for the tail of a row of n numbers.
 template <class Type, class Function>
 inline void store_row(Type* y, int64_t n, Function f) {
     int64_t k = 0;

@@ -1,4 +1,4 @@
-// Packing: a Linear's weights (columns, inputs) into panels, checked for NaN and infinity on the way.
+// Packing puts a Linear's weights (columns, inputs) into panels, and finds NaN and infinity on the way.
 #include "../parallel.h"
 #include "operand.h"
 #include "plan.h"
@@ -7,17 +7,18 @@
 namespace tf::TF_ISA {
 namespace {
 
-constexpr int64_t PART = 64;  // inputs read from a row at a time, before the next 16 rows are
+constexpr int64_t PART = 64;  // so many inputs of 16 rows are read before the next 16 rows are
 
-// One tensor of the block: what lands in a matrix or a vector.
+// One tensor of the block, which lands in a matrix or a vector.
 struct Source {
-    const void* data;  // nullptr: absent
+    const void* data;  // nullptr where the tensor is absent
     int dtype;
-    int64_t index;  // of the tensor, to name it
+    int64_t index;  // the number of the tensor, by which a message names it
 };
 
-// The sign bits of `bad` turn 1 for a NaN or an infinity. One instruction a vector waits for the one before, of a maximum
-// compare and select did (a block of 4 layers of C 128: 95 us, 75 so).
+// Turns the sign bits of `bad` to 1 for a NaN or an infinity. Only one instruction of a vector waits for the vector
+// before. Of a maximum, the comparison and the select both waited. Packing a block of 4 layers of C 128 took 95 us
+// then, and takes 75 us now.
 inline void note_finite(vu& bad, vf v) { bad |= (bits<vu>(v) & 0x7fffffffu) + 0x00800000u; }
 
 inline bool finite(vu bad) {
@@ -26,21 +27,21 @@ inline bool finite(vu bad) {
     return any < 0x80000000u;
 }
 
-// What is left of n at k, as a vector; zeros past n, nothing read there.
+// The numbers from k on, up to n, as a vector. Past n it holds zeros and reads nothing.
 template <class Element>
 inline vf load_left(const Element* p, int64_t k, int64_t n) {
     return n - k >= LANES ? load(p + k) : n > k ? load(p + k, int(n - k)) : zero();
 }
 
-// Rows first .. first + count of a Linear: where 16 columns come from, the last of which are zeros where count < 16.
+// Rows first .. first + count of a Linear, which 16 columns come from. Where count < 16 the last columns are zeros.
 struct Rows {
     int64_t first;
     int count;
 };
 
-// Where the packed columns of a matrix come from, 16 at a time.
+// Says which rows the packed columns of a matrix come from, 16 columns at a time.
 struct Columns {
-    const Shape* qkv = nullptr;  // the columns of qkv are regrouped by head
+    const Shape* qkv = nullptr;  // not nullptr for qkv, whose columns are regrouped by head
     int64_t count = 0;           // rows of the Linear
 
     Rows rows(int64_t column) const {
@@ -59,7 +60,7 @@ struct Job {
     const Matrix* matrix;
     Source weight, bias;
     Columns columns;
-    int64_t inputs;  // of the Linear; the matrix may have one more, zero
+    int64_t inputs;  // of the Linear; the matrix may have one more, which is zero
 };
 
 // One panel of a matrix.
@@ -72,10 +73,10 @@ struct Item {
 
 constexpr int GROUPS = PANEL / 16;
 
-// Packs one panel of weights of type Element as STORAGE.
+// Packs one panel of weights of type Element, stored as STORAGE.
 template <class Element, Storage STORAGE>
 struct Packer {
-    // A word holds a float, a pair of bf16, or an int8; a tile is 16 words of each of 16 columns.
+    // A word holds a float, a pair of bf16, or an int8. A tile is 16 words of each of 16 columns.
     static constexpr int64_t A_WORD = STORAGE == STORE_BF16 ? 2 : 1, TILE = 16 * A_WORD;
 
     // The rows of 16 columns.
@@ -87,7 +88,7 @@ struct Packer {
 
     const Job& job;
     const int64_t panel;
-    Group groups[GROUPS], next[GROUPS];  // next: of the item that follows
+    Group groups[GROUPS], next[GROUPS];  // next: those of the item that follows
     float scales[PANEL];
     vu bad = {};
 
@@ -119,15 +120,16 @@ struct Packer {
         }
     }
 
-    // Short pieces of 64 rows are no order a machine guesses: those packed some time after are fetched now (226 MB of
-    // fp32 took 16 ms with those of the next panel, so 11). Inlined: compilers drop calls that only fetch.
+    // A machine does not guess an order that reads short pieces of 64 rows. So what is packed some time later is
+    // fetched now. Packing 226 MB of fp32 took 16 ms when the next panel was fetched, and takes 11 ms with this. The
+    // function is always inlined, because compilers drop the call of a function that only fetches.
     static inline __attribute__((always_inline)) void fetch(const Group& from, int64_t k) {
         for (int i = 0; i < from.count; ++i)
             for (int64_t at = k; at < k + TILE; at += 64 / int64_t(sizeof(Element)))
                 __builtin_prefetch(from.data + i * from.inputs + at, 0, 2);
     }
 
-    // Columns of group g of the panel, inputs k .. k + TILE.
+    // Packs the columns of group g of the panel, inputs k .. k + TILE.
     void tile(int g, int64_t k) {
         const Matrix& m = *job.matrix;
         alignas(64) uint32_t read[16][16], turned[16][16];
@@ -150,7 +152,9 @@ struct Packer {
         transpose16(read[0], 16, turned[0], 16);
         for (int64_t j = 0; j < lines; ++j) {
             if (STORAGE == STORE_INT8) {
-                int8_t narrow[16];  // not straight to the weights: bytes may be anything, and then go one by one
+                // These are not written straight to the weights: bytes may alias anything, and would then be written
+                // one by one.
+                int8_t narrow[16];
                 for (int i = 0; i < 16; ++i) narrow[i] = int8_t(turned[j][i]);
                 memcpy(static_cast<int8_t*>(m.weights) + at + (k + j) * PANEL + g * 16, narrow, sizeof narrow);
             } else {
@@ -159,7 +163,7 @@ struct Packer {
         }
     }
 
-    // The scale of each column of group g: its largest weight becomes 127.
+    // Finds the scale of each column of group g, which makes its largest weight 127.
     void find_scales(int g) {
         const Group& from = groups[g];
         for (int i = 0; i < 16; ++i) {
@@ -174,10 +178,10 @@ struct Packer {
         }
     }
 
-    // Whether all weights were finite.
+    // Packs the panel. Returns whether all weights were finite.
     bool run() {
         const int64_t inputs = job.matrix->inputs;
-        if (STORAGE == STORE_INT8)  // reads its rows twice: few at a time, which stay in the cache
+        if (STORAGE == STORE_INT8)  // it reads its rows twice, so it takes few, which stay in the cache
             for (int g = 0; g < GROUPS; ++g) {
                 find_scales(g);
                 for (int64_t k = 0; k < inputs; k += TILE) tile(g, k);
@@ -202,7 +206,7 @@ bool pack_weights(const Item& item, const Item& next) {
     }
 }
 
-// n floats from element `first` on; true when all are finite.
+// Reads n floats from element `first` on. Returns whether all are finite.
 template <class Element>
 bool read(const void* data, int64_t first, int64_t n, float* y) {
     const Element* x = static_cast<const Element*>(data) + first;
@@ -220,7 +224,7 @@ bool read(const Source& source, int64_t first, int64_t n, float* y) {
     return source.dtype == TF_BF16 ? read<bf16>(source.data, first, n, y) : read<f16>(source.data, first, n, y);
 }
 
-// -1, or the index of a tensor that is not finite. next: what is packed after it, to be fetched.
+// Packs a panel. Returns -1, or the number of a tensor that is not finite. `next` is packed after it, and is fetched.
 int64_t pack_panel(const Item& item, const Item& next) {
     const Job& job = item.job;
     const int dtype = job.weight.dtype;
@@ -243,7 +247,8 @@ int64_t pack_vector(const Source& source, float missing, int64_t n, float* y) {
     return -1;
 }
 
-// The mean of n rows of C floats, summed as PyTorch does, whose numbers these are for few rows: 16 rows, then their sums.
+// The mean of n rows of C floats. It is summed as PyTorch sums: 16 rows at a time, and then the sums of those. For few
+// rows the numbers are PyTorch's own.
 void mean_of_rows(const float* rows, int64_t n, int64_t C, float* mean) {
     constexpr int64_t SOME = 64, TOGETHER = 16;
     for (int64_t begin = 0; begin < C; begin += SOME) {
@@ -313,15 +318,15 @@ int test_matmul(const float* x, const float* w, const float* bias, float* y, int
     return TF_OK;
 }
 
-// Tensors, in this order: proj_in weight and bias, pos_embed, proj_out weight and bias, then for each layer norm weight
-// and bias, qkv, proj, norm, fc1, fc2 likewise; class_embed.
+// The tensors come in this order: proj_in weight and bias, pos_embed, proj_out weight and bias; for each layer the
+// weight and bias of norm, qkv, proj, norm, fc1 and fc2; then class_embed.
 int plan_pack(tf_plan* handle, const void* const* tensors, int dtype, int threads, int64_t* bad) {
     const Plan& plan = *reinterpret_cast<Plan*>(handle);
     const Shape& s = plan.shape;
     if (dtype != TF_F32 && dtype != TF_BF16 && dtype != TF_F16) return TF_BAD_DTYPE;
     const auto source = [=](int64_t index) { return Source{tensors[index], dtype, index}; };
     const int64_t LAYER = 12, FIRST = 5;
-    const auto job = [&](int64_t number) -> Job {  // of matrix `number`: the two ends, then four a layer
+    const auto job = [&](int64_t number) -> Job {  // of matrix `number`: the two ends come first, then four a layer
         if (number == 0) return {&plan.in, source(0), source(1), {nullptr, s.C}, s.D};
         if (number == 1) return {&plan.out, source(3), source(4), {nullptr, s.out}, s.C};
         const int64_t l = (number - 2) / 4, at = FIRST + LAYER * l;
@@ -354,7 +359,8 @@ int plan_pack(tf_plan* handle, const void* const* tensors, int dtype, int thread
         note(pack_vector(source(FIRST + LAYER * s.L), 0.0f, s.classes * s.C, embeddings));
         mean_of_rows(embeddings, s.classes, s.C, plan.classes);
     }
-    // Items are the panels of one layer; the ends count as a layer of their own. An item finds its matrix by counting.
+    // Items are the panels of the matrices, layer after layer. The two ends come before the first layer. An item finds
+    // its matrix by counting.
     const int64_t qkv = s.groups * s.group_panels, proj = panels(s.C), fc1 = panels(s.F), fc2 = panels(s.C);
     const int64_t in = panels(s.C), out = panels(s.out), layer = qkv + proj + fc1 + fc2;
     const auto find = [&](int64_t item) -> Item {

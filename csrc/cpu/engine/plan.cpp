@@ -24,7 +24,7 @@ void place(Arena& arena, Plan& plan) {
     const Storage storage = s.precision == TF_PRECISION_FP32   ? STORE_F32
                             : s.precision == TF_PRECISION_BF16 ? STORE_BF16
                                                                : STORE_INT8;
-    // The two ends touch the tokens themselves, and are a small part of the bytes: they stay fp32.
+    // The two ends touch the tokens themselves and are a small part of the bytes, so they stay fp32.
     const Storage ends = STORE_F32;
     plan.layers = arena.take<Layer>(s.L);
     plan.header = arena.used.value;

@@ -15,7 +15,8 @@ int64_t Shape::operand_bytes() const { return precision == TF_PRECISION_BF16 && 
 int64_t Shape::cache_bytes() const { return precision == TF_PRECISION_FP32 ? 4 : 2; }
 
 bool make_shape(const tf_block& b, Shape* s) {
-    const int64_t most = int64_t(1) << 31;  // keeps every sum of a few sizes, and every product of two, within range
+    const int64_t most =
+        int64_t(1) << 31;  // this keeps every sum of a few sizes, and every product of two, within range
     const int64_t sizes[] = {b.tokens, b.token_size, b.channels, b.layers, b.head_size, b.hidden};
     for (int64_t size : sizes)
         if (size < 1 || size >= most) return false;
@@ -35,7 +36,7 @@ bool make_shape(const tf_block& b, Shape* s) {
     s->group_panels = panels(3 * s->Ep * s->group);
     s->parts = s->groups < MOST_PARTS ? s->groups : MOST_PARTS;
     if (panels(s->F) < s->parts) s->parts = panels(s->F);
-    if (s->E % 2) s->parts = 1;  // inputs of bf16 come in pairs
+    if (s->E % 2) s->parts = 1;  // because the inputs of bf16 come in pairs
     return true;
 }
 

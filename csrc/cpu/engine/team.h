@@ -1,4 +1,4 @@
-// The threads of one run, and their barrier: one OpenMP region a run, many barriers inside.
+// The threads of one run, and their barrier. A run is one OpenMP region with many barriers inside.
 #pragma once
 #include <sched.h>
 #include <stdint.h>
@@ -17,14 +17,15 @@ inline double seconds() {
 
 constexpr int MOST_THREADS = 256;  // of a team
 
-// Each thread counts the meetings it has come to where the others can see it: of two threads, one cache line changes
-// hands each way, where one counter for both would be fetched, written and fetched again. Waiting: spin (the others are a
-// microsecond behind), then yield (they lost their core), then nap.
+// Each thread counts the meetings that it has come to, where the others can see it. So with two threads one cache line
+// changes hands each way. A single counter for both would be fetched, written and fetched again. A thread that waits
+// first spins, because the others are a microsecond behind. Then it yields, because they have lost their core. Then it
+// naps.
 struct Barrier {
     struct alignas(128) Count {  // a processor fetches lines in pairs
         uint32_t value = 0;
     } count[MOST_THREADS];
-    int64_t lost = 0;  // nanoseconds napped, by all together: the others were not even running
+    int64_t lost = 0;  // nanoseconds that all together have napped, while the others were not even running
 
     void wait(int rank, int size) {
         if (size == 1) return;
@@ -66,16 +67,16 @@ struct Range {
     int64_t size() const { return end - begin; }
 };
 
-// Part `part` of `parts` of n items: contiguous, as even as can be.
+// Part `part` of `parts` of n items. The parts are contiguous and as even as can be.
 inline Range share(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, n * (part + 1) / parts}; }
 
-// Where one thread's time goes; without parts nothing is counted.
+// Counts where one thread's time goes. Without `parts` it counts nothing.
 struct Clock {
     double* parts = nullptr;
     double last = 0.0;
 
     explicit Clock(double* where) : parts(where), last(where ? seconds() : 0.0) {}
-    void mark(int part) {  // the time since the last mark went into `part`
+    void mark(int part) {  // says that the time since the last mark went into `part`
         if (!parts) return;
         const double now = seconds();
         parts[part] += now - last;
@@ -90,7 +91,7 @@ struct Team {
     Range mine(int64_t items) const { return share(items, rank, size); }
 };
 
-// A thread of a run: in its team, by its number among all threads, and with the engine rows of its team.
+// A thread of a run: its place in its team, its number among all threads, and the engine rows of its team.
 struct Member {
     Team team;
     int thread;

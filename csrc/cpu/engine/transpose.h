@@ -1,11 +1,11 @@
-// 16 x 16 transposes of 32-bit words, for packing.
+// Transposes of 16 x 16 words of 32 bits, for packing.
 #pragma once
 #include "../vec.h"
 
 namespace tf::TF_ISA {
 namespace {
 
-// y[j * y_stride + c] = x[c * x_stride + j], j and c below 16.
+// y[j * y_stride + c] = x[c * x_stride + j] for j and c below 16.
 inline void transpose16(const uint32_t* x, int64_t x_stride, uint32_t* y, int64_t y_stride) {
 #if defined(__AVX512F__)
     __m512i a[16], b[16];

@@ -27,7 +27,8 @@ void place(Arena& arena, Workspace& w) {
         scratch.y = arena.take<float>(2 * block * PANEL);
         scratch.h = arena.take<float>(few * stride(s.C));
         scratch.attention = arena.take<float>(attention_scratch(w.window, s.Ep, s.Tp));
-        arena.take<char>(int64_t(128));  // no two threads share a line, nor the pair a processor fetches
+        arena.take<char>(
+            int64_t(128));  // so no two threads share a cache line, nor the pair of lines that a processor fetches
     }
 }
 

@@ -1,4 +1,5 @@
-// A scale and a shift for every number of a token:  x = z exp(a) + b;  log |dx / dz| = the sum of a.
+// The affine transform has a scale and a shift for every number of a token:  x = z exp(a) + b;  log |dx / dz| = the sum
+// of a.
 #pragma once
 #include "../operand.h"
 
@@ -6,10 +7,10 @@ namespace tf::TF_ISA {
 namespace {
 
 struct Affine {
-    static constexpr int PARTS = 2;  // of a token's parameters, D numbers each: a, then b
+    static constexpr int PARTS = 2;  // the parts of a token's parameters, D numbers each: a, then b
 
-    // z, x: the D numbers of one token of one row. parameters.load(part, d, n): numbers d .. d + n of a part. Returns
-    // log |dx / dz|.
+    // z and x are the D numbers of one token of one row. parameters.load(part, d, n) gives numbers d .. d + n of a
+    // part. Returns log |dx / dz|.
     template <class Parameters>
     static inline double inverse(const float* z, const Parameters& parameters, int64_t D, float* x) {
         vd total[2] = {};

@@ -1,4 +1,4 @@
-// A shift for every number of a token, which keeps volumes:  x = z + b;  log |dx / dz| = 0.
+// The shift has a shift for every number of a token, and preserves volumes:  x = z + b;  log |dx / dz| = 0.
 #pragma once
 #include "../operand.h"
 
@@ -6,7 +6,7 @@ namespace tf::TF_ISA {
 namespace {
 
 struct Shift {
-    static constexpr int PARTS = 1;  // b
+    static constexpr int PARTS = 1;  // the one part is b
 
     // As Affine::inverse.
     template <class Parameters>

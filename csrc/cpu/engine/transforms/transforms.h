@@ -1,5 +1,5 @@
-// What the parameters of the net do to a token. A new transform is a header like affine.h, a number in tf_transform and a
-// case here.
+// What the parameters of the net do to a token. A new transform is a header like affine.h, a number in tf_transform and
+// a case here.
 #pragma once
 #include "affine.h"
 #include "shift.h"
@@ -7,7 +7,7 @@
 namespace tf::TF_ISA {
 namespace {
 
-// f(transform) for the transform of this number; {} where no transform has it.
+// Calls f with the transform of this number and returns the result. Returns {} where no transform has the number.
 template <class Function>
 inline auto with_transform(int number, Function f) -> decltype(f(Affine())) {
     switch (number) {
