@@ -68,7 +68,8 @@ def test_start_values():
 def test_other_dtypes_work(dtype):
     model = random_flow(**CONFIG).to(dtype)
     truth, plain = twin(model), twin(model, dtype)
-    x, noise, y = random_images(model, ROWS), random_noise(model, ROWS), torch.arange(ROWS) % 4 - 1
+    rows = 3 if dtype == torch.float64 else ROWS  # float64 is its own judge, and its bound 2 ulp however many rows
+    x, noise, y = random_images(model, rows), random_noise(model, rows), torch.tensor([0, -1, 2]).repeat(8)[:rows]
     z, _, logdets = model(x, y)
     assert z.dtype == dtype and logdets.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for ours, exact, ref in zip((z, logdets), truth(x.double(), y)[::2], plain(x, y)[::2], strict=True):
@@ -125,7 +126,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 def test_autocast_takes_images_of_any_dtype_plain_pytorch_takes(half, images, autocast):
     parameters = autocast if half else torch.float32
     model = random_flow(**CONFIG).to(parameters)
-    truth, plain, y = twin(model), twin(model, parameters), torch.arange(ROWS) % 4 - 1
+    truth, plain, y = twin(model), twin(model, parameters), torch.tensor([0, -1, 2]).repeat(8)
     x, noise = random_images(model, ROWS).to(images), random_noise(model, ROWS).to(images)
     with torch.autocast("cpu", autocast):
         ours = *model(x, y)[::2], model.reverse(noise, y)
