@@ -106,7 +106,10 @@ def test_golden_inverse(way, golden, file):
 
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_more_rows_of_the_same_flow(way, golden, file, truth, plain):
-    model, x, z = computed_by(way, golden, file), draw_rows(ROWS, 22, 3, seed=5), draw_rows(ROWS, 22, 3, seed=6)
+    """Rows of half the size. Of whole ones this flow gives one a log-density of -800 where the median is -190, and the
+    rounding of that row alone would be judged."""
+    model = computed_by(way, golden, file)
+    x, z = (0.5 * draw_rows(ROWS, 22, 3, seed=seed) for seed in (5, 6))
     with torch.no_grad():
         hold("forward", model(x), truth(x.double()), plain(x))
         assert_accurate("log_prob", model.log_prob(x), truth.log_prob(x.double()), plain.log_prob(x))

@@ -25,8 +25,8 @@ def verify_ops(device: str) -> list[Row]:
 
 def _verify_affine(backend: str, device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> Row:
     worst, generator = Worst(), torch.Generator().manual_seed(0)
-    # There are rows enough that the largest error of plain PyTorch among their log_dets, which sets the bound, is no
-    # accident. Log-scales end at 2: were they normal, one number exp(4) times the others would be judged alone.
+    # With so many rows the largest error of plain PyTorch among their log_dets, which sets the bound, is no accident.
+    # Log-scales end at 2: were they normal, one number exp(4) times the others would be judged alone.
     for B, T, D, scale, flip in ((32, 70, 12, True, False), (32, 33, 19, True, True), (2, 33, 48, False, True)):
 
         def draw(*shape: int) -> torch.Tensor:
