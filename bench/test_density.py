@@ -6,7 +6,7 @@ auto        what log_prob does by itself; it should never be slower than 0.95 of
 ratio       torch / variant in the same precision (int8: torch in fp32), the median over rounds, with its 20 and 80 %
             quantiles
 FLOP        the share of the arithmetic peak of the format, measured in the same run
-error       the largest |log p - log p64|, in nats a dimension, against the float64 reference
+error       the largest |log p - log p64| over 24 rows or more, in nats a dimension, against the float64 reference
 """
 
 import statistics
@@ -21,6 +21,7 @@ CASES = [
     ("digits", 1), ("digits", 100), ("mnist", 1), ("mnist", 128), ("cifar", 1), ("cifar", 16), ("c768_t64", 1),
     ("c768_t64", 16),
 ]  # fmt: skip
+JUDGED = 24  # rows at least whose errors are compared: of fewer, PyTorch's largest is a matter of luck
 
 
 def flops_of(workload, B):
@@ -36,8 +37,12 @@ def test_density(name, B, table, benchmark):
     by_modules, _ = build(workload)
     by_modules.backend = "torch"
     sides = [workload.in_channels, workload.img_size, workload.img_size]
-    x = torch.randn(B, *sides, generator=torch.Generator().manual_seed(1))
-    y = torch.arange(B) % workload.num_classes if workload.num_classes else None
+
+    def data(rows):
+        x = torch.randn(rows, *sides, generator=torch.Generator().manual_seed(1))
+        return x, torch.arange(rows) % workload.num_classes if workload.num_classes else None
+
+    x, y = data(B)
 
     def half(run):
         with torch.autocast("cpu", torch.bfloat16):
@@ -53,10 +58,13 @@ def test_density(name, B, table, benchmark):
         "auto bf16": lambda: half(variants["auto fp32"]),
     }
     with torch.no_grad():
+        timed = x, y
+        x, y = data(max(B, JUDGED))
         z, _, logdets = reference.double()(x.double(), y)
         dims = z[0].numel()
         truth = -0.5 * (z.square() + torch.log(torch.tensor(2 * torch.pi))).sum(dim=(1, 2)) + logdets * dims
         errors = {variant: ((run() - truth).abs().max() / dims).item() for variant, run in variants.items()}
+        x, y = timed
         for variant, error in errors.items():
             plain = errors["torch fp32" if "fp32" in variant else "torch bf16"]
             assert error <= 2 * plain + 2e-6 or "int8" in variant, f"{variant}: {error}, PyTorch {plain}"

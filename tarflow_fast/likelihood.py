@@ -37,7 +37,7 @@ class LikelihoodMixin:
     ) -> Tensor:
         """log p(x | y) = log N(z; 0, var) + log |det dz/dx|, in nats, summed over all dimensions.
 
-        Without gradients (under torch.no_grad()) the native engine computes it on the CPU, where it is the faster.
+        Without gradients (under torch.no_grad()) the native engine computes it on the CPU.
 
         Args:
             x: (B, T, D), or of a TarFlow (B, in_channels, height, width); the parameters' dtype.
