@@ -62,7 +62,7 @@ class AttentionCase(NamedTuple):
 
 ATTENTION_CASES = [
     AttentionCase(0, 5, 2, 16),
-    AttentionCase(8, 2, 3, 16, 0.5),
+    AttentionCase(8, 2, 3, 16, 0.8),
     AttentionCase(2, 17, 1, 32),
     AttentionCase(1, 64, 1, 64, 1.5),  # whole tiles
     AttentionCase(1, 70, 1, 128),

@@ -93,7 +93,7 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
         pytest.skip("two cases of this type are enough for an interpreter")
     block = make_block(**{"T": 3} | config).to(triton_device)
     T = block.pos_embed.size(0)
-    rows = 24 if T == 3 else 16  # 240 numbers that a pass decides
+    rows = 24
     z = noise(rows=rows, T=T).to(triton_device)
     y = torch.arange(rows, device=triton_device) % 4 - 1 if block.num_classes else None
     kept = z.clone()
