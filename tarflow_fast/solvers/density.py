@@ -27,8 +27,8 @@ def density_paths(bijections: Sequence[Bijection], x: Tensor, call: Call) -> lis
     Raises:
         RuntimeError: a precision was asked for that no engine takes these blocks in; the reason is named.
     """
-    # Measured on a Zen 5 (bench/test_density.py), the engine took 0.4 to 0.9 of the time of PyTorch, with AVX-512 and AVX2
-    # on both sides. Its baseline set is for processors that have neither; it is left to be asked for by precision=.
+    # Measured on a Zen 5 with AVX-512, and with AVX2 on both sides (bench/test_density.py): the engine took 0.4 to 0.9
+    # of PyTorch's time. Its baseline set is for processors that have neither. It runs if a precision is asked for.
     if call.precision is None and native.isa() in native.isas()[:1]:
         return []
     paths = []
