@@ -78,13 +78,18 @@ double forward_token(const Input* x, const Parameter* a, const Parameter* b, Inp
     return total.total();
 }
 
+// The sum is Neumaier's: what rounding takes from it is kept and added at the end. PyTorch adds by pairs. A plain sum of
+// 4100 numbers was 4 to 8 times further off than the error rule allows.
 double forward_token(const double* x, const double* a, const double* b, double* z, int64_t D) {
-    double total = 0;
+    double total = 0, lost = 0;
     for (int64_t d = 0; d < D; ++d) {
         z[d] = (x[d] - b[d]) * (a ? ::exp(-a[d]) : 1.0);
-        total += a ? a[d] : 0.0;
+        const double value = a ? a[d] : 0.0, next = total + value;
+        if (next - next == 0.0)  // else there is an infinity or a NaN, and nothing to keep
+            lost += ::fabs(total) >= ::fabs(value) ? (total - next) + value : (value - next) + total;
+        total = next;
     }
-    return total;
+    return total + lost;
 }
 
 // The gradients of one token: dx = dz exp(-a), db = -dx, da = -dx (x - b) - dlog_det.
