@@ -1,0 +1,5 @@
+"""The sweep in C++ (stub)."""
+
+
+class Plan:
+    pass
