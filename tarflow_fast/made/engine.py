@@ -1,5 +1,199 @@
-"""The sweep in C++ (stub)."""
+"""The sweep in C++ (csrc/cpu/made): weights packed in the order of the steps, rows in tiles over threads.
+
+The univariate transforms it knows, and their constants:
+
+    affine_zuko        (ln slope)                               parameters shift, raw scale
+    affine_softplus    (epsilon)                                raw scale, shift: scale = softplus(raw) + epsilon
+    affine_sigmoid     (offset, epsilon)                        sigmoid(raw + offset) + epsilon
+    affine_exp         (offset, factor, epsilon)                exp(offset + factor raw) + epsilon
+    spline_zuko        (K, bound, ln slope)                     K widths, K heights, K - 1 derivatives
+    spline             (K, low, high, least width, height and derivative, scale of raw widths and heights, tails)
+    spline_torchflows  (K, bound, least size, least derivative, offset of the raw derivatives)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tarflow_fast import native
+from tarflow_fast.made.net import ACTIVATIONS, IDENTITY, Made
+from tarflow_fast.made.schedule import Schedule
+
+__all__ = ["Plan", "why_not"]
+
+UNIVARIATES = ("affine_zuko", "affine_softplus", "affine_sigmoid", "affine_exp")
+UNIVARIATES += ("spline_zuko", "spline", "spline_torchflows")
+MOST_BINS, MOST_LAYERS = 64, 64  # in csrc/cpu/made
+BLOCK_UNITS = 32  # of a hidden layer; more make the products within a block larger, fewer those between blocks smaller
+CALL_FLOPS = 2e9  # of one native call and thread: at most 0.1 s, so that Ctrl-C is heard
+
+_pointer, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Layer(ctypes.Structure):
+    """tf_made_layer."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("weight", "mask", "bias", "places", "starts", "residual_at")),
+        *((name, _i64) for name in ("units", "weight_stride", "mask_stride")),
+        ("slope", ctypes.c_double),
+        *((name, _i32) for name in ("source", "reads_raw", "residual", "activation", "keeps_raw")),
+    )
+
+
+class _Made(ctypes.Structure):
+    """tf_made."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("layers", "places", "starts", "blocks")),
+        ("constants", ctypes.c_double * 8),
+        *((name, _i64) for name in ("features", "steps", "block_count", "parameters")),
+        *((name, _i32) for name in ("layer_count", "univariate", "dtype")),
+    )
+
+
+class _Rows(ctypes.Structure):
+    """tf_made_rows."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("y", "x", "log_det", "terms", "gates", "term_strides", "gate_strides")),
+        ("rows", _i64),
+    )
+
+
+def why_not(made: Made) -> str:
+    """Why the engine cannot take a transform; "" when it can."""
+    if isinstance(made.univariate.engine, str):
+        return made.univariate.engine
+    name, constants = made.univariate.engine
+    if name.startswith("spline") and constants[0] > MOST_BINS:
+        return f"more than {MOST_BINS} bins"
+    if len(made.layers) > MOST_LAYERS:
+        return f"more than {MOST_LAYERS} layers"
+    read: dict[int, set] = {}  # for each vector the activations after which it is read
+    for layer in made.layers:
+        read.setdefault(layer.source, set()).add(layer.activation)
+    if read[0] != {IDENTITY} or any(len(each - {IDENTITY}) > 1 for each in read.values()):
+        return "a vector that is read after two activations, or x after one"
+    return ""
 
 
 class Plan:
-    pass
+    """A transform of the engine's: its schedule as C reads it, and the weights that were packed last.
+
+    The weights are packed at every call, unless it is to keep them.
+    """
+
+    def __init__(self, made: Made, schedule: Schedule, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._steps = schedule.steps
+        self._masks = [mask.to(torch.uint8).contiguous() for mask in schedule.masks]
+        self._places = [each.to(torch.int32) for each in schedule.places]
+        self._starts = [torch.tensor(each, dtype=torch.int32) for each in schedule.starts]
+        self._blocks = torch.tensor(_blocks(schedule), dtype=torch.int32)
+        self._residuals = [
+            None if layer.residual is None else _inverse(schedule.places[layer.residual])[schedule.places[l + 1]].int()
+            for l, layer in enumerate(made.layers)
+        ]
+        self._layers = (_Layer * len(made.layers))()
+        for l, layer in enumerate(made.layers):
+            own = next((each.activation for each in made.layers if each.source == l + 1 and each.activation != IDENTITY), IDENTITY)
+            raw = any(each.residual == l + 1 or (each.source == l + 1 and each.activation == IDENTITY) for each in made.layers)
+            c = self._layers[l]
+            c.mask, c.mask_stride = self._masks[l].data_ptr(), self._masks[l].size(1)
+            c.places, c.starts = self._places[l + 1].data_ptr(), self._starts[l + 1].data_ptr()
+            c.residual_at, c.units = native.pointer(self._residuals[l]), self._masks[l].size(0)
+            c.source, c.reads_raw, c.slope = layer.source, layer.activation == IDENTITY, own.slope
+            c.residual = -1 if layer.residual is None else layer.residual
+            c.activation, c.keeps_raw = [*ACTIVATIONS].index(own.name), raw
+        name, constants = made.univariate.engine
+        self._made = _Made(
+            layers=ctypes.addressof(self._layers),
+            places=self._places[0].data_ptr(),
+            starts=self._starts[0].data_ptr(),
+            blocks=self._blocks.data_ptr(),
+            constants=(ctypes.c_double * 8)(*constants),
+            features=made.features,
+            steps=schedule.steps,
+            block_count=len(self._blocks) - 1,
+            parameters=made.univariate.parameters,
+            layer_count=len(made.layers),
+            univariate=UNIVARIATES.index(name),
+            dtype=native.DTYPES[dtype],
+        )
+        self.numbers = native.library().tf_made_numbers(ctypes.byref(self._made))
+        self._kept: tuple[list, Tensor] | None = None  # what the weights were, and packed
+
+    def invert(
+        self, made: Made, y: Tensor, terms: Sequence[Tensor | None], gates: Sequence[Tensor | None], keep: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """x and log |det dx/dy| of y (B, D), with terms and gates as in `sweep.sweep`.
+
+        keep: use the weights packed at an earlier call.
+
+        Raises:
+            RuntimeError: the weights were to be kept, and are no longer what they were.
+            MemoryError: there is no memory for the activations of a few tiles.
+        """
+        packed = self._packed(made, keep)
+        y = y.contiguous()
+        x, log_det = torch.empty_like(y), y.new_empty(y.size(0))
+        library, threads, L = native.library(), native.threads(), len(made.layers)
+        parts = [[None if each is None else each.to(y.dtype).contiguous() for each in some] for some in (terms, gates)]
+        strides = [[0 if each is None or each.size(0) == 1 else each.stride(0) for each in some] for some in parts]
+        most = max(int(CALL_FLOPS * threads / (2 * self.numbers)) // 64 * 64, 64 * threads)
+        for first in range(0, y.size(0), most):
+            rows = _Rows(
+                y=y[first:].data_ptr(),
+                x=x[first:].data_ptr(),
+                log_det=log_det[first:].data_ptr(),
+                rows=min(most, y.size(0) - first),
+            )
+            addresses = [
+                (_pointer * L)(*(None if each is None else each.data_ptr() + first * stride * each.element_size()
+                                 for each, stride in zip(some, steps, strict=True)))
+                for some, steps in zip(parts, strides, strict=True)
+            ]
+            counts = [(_i64 * L)(*steps) for steps in strides]
+            rows.terms, rows.gates = map(ctypes.addressof, addresses)
+            rows.term_strides, rows.gate_strides = map(ctypes.addressof, counts)
+            status = library.tf_made_invert(ctypes.byref(self._made), packed.data_ptr(), ctypes.byref(rows), threads)
+            native.check(status, "tf_made_invert")
+        return x, log_det
+
+    def _packed(self, made: Made, keep: bool) -> Tensor:
+        tensors = [each for layer in made.layers for each in (layer.weight(), layer.bias())]
+        seen = [None if each is None else (id(each), each.data_ptr(), each._version) for each in tensors]
+        if keep and self._kept is not None:
+            if self._kept[0] != seen:
+                raise RuntimeError("made: the weights were changed after freeze(); call freeze() again, or unfreeze()")
+            return self._kept[1]
+        tensors = [None if each is None else each.detach().contiguous() for each in tensors]
+        for l, layer in enumerate(self._layers):
+            weight, bias = tensors[2 * l : 2 * l + 2]
+            layer.weight, layer.weight_stride = weight.data_ptr(), weight.stride(0)
+            layer.bias = native.pointer(bias)
+        packed = torch.empty(self.numbers, dtype=self.dtype)
+        native.library().tf_made_pack(ctypes.byref(self._made), packed.data_ptr())
+        if keep:
+            self._kept = seen, packed
+        return packed
+
+
+def _blocks(schedule: Schedule) -> list[int]:
+    """Where blocks of steps begin, and the end: as many steps as keep a hidden layer at BLOCK_UNITS units."""
+    hidden = schedule.starts[1:-1] or schedule.starts[:1]
+    bounds = [0]
+    for s in range(1, schedule.steps):
+        if any(starts[s + 1] - starts[bounds[-1]] > BLOCK_UNITS for starts in hidden):
+            bounds.append(s)
+    return [*bounds, schedule.steps]
+
+
+def _inverse(places: Tensor) -> Tensor:
+    """Where each unit stands."""
+    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow_fast import native
-from tarflow_fast.made.engine import Plan
+from tarflow_fast.made.engine import Plan, why_not
 from tarflow_fast.made.net import Made, Unknown
 from tarflow_fast.made.schedule import Schedule, masks_of
 from tarflow_fast.made.sweep import sweep, terms_of
@@ -87,8 +87,8 @@ def path_of(module: nn.Module, state: State) -> tuple[str, str, Made | None]:
         return "torch", "asked for", made
     if not native.available():
         return "torch", native.reason(), made
-    if isinstance(made.univariate.engine, str):
-        return "torch", made.univariate.engine, made
+    if reason := why_not(made):
+        return "torch", reason, made
     return "cpu", "", made
 
 
