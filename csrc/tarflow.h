@@ -253,8 +253,8 @@ typedef struct tf_made_rows {
 // How many numbers the packed weights take.
 TF_EXPORT int64_t tf_made_numbers(const tf_made* made);
 
-// Packs the weights in the order in which the sweep reads them. `packed` is aligned to 64 bytes.
-TF_EXPORT void tf_made_pack(const tf_made* made, void* packed);
+// Packs the weights in the order in which the sweep reads them. TF_NO_MEMORY is possible.
+TF_EXPORT int tf_made_pack(const tf_made* made, void* packed, int threads);
 
 // Inverts the rows. TF_NO_MEMORY is possible. A row's result depends on that row alone.
 TF_EXPORT int tf_made_invert(const tf_made* made, const void* packed, const tf_made_rows* rows, int threads);

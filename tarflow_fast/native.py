@@ -52,7 +52,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_workspace_destroy": (None, [_void]),
     "tf_invert": (_int, [_void, _void, _void, _void, _double, _int]),
     "tf_made_numbers": (_long, [_void]),
-    "tf_made_pack": (None, [_void, _void]),
+    "tf_made_pack": (_int, [_void, _void, _int]),
     "tf_made_invert": (_int, [_void, _void, _void, _int]),
     "tf_pass": (_int, [_void, _void, _void, _int]),
 }

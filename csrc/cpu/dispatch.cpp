@@ -174,7 +174,9 @@ int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_argument
 
 int64_t tf_made_numbers(const tf_made* made) { return chosen->made_numbers(made); }
 
-void tf_made_pack(const tf_made* made, void* packed) { chosen->made_pack(made, packed); }
+int tf_made_pack(const tf_made* made, void* packed, int threads) {
+    return chosen->made_pack(made, packed, tf::usable(threads));
+}
 
 int tf_made_invert(const tf_made* made, const void* packed, const tf_made_rows* rows, int threads) {
     return chosen->made_invert(made, packed, rows, tf::usable(threads));

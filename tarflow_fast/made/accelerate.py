@@ -46,7 +46,9 @@ class Explanation(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name or 'the flow'} ({self.transform}): {self.path}" + (f", {self.reason}" if self.reason else "")
+        return f"{self.name or 'the flow'} ({self.transform}): {self.path}" + (
+            f", {self.reason}" if self.reason else ""
+        )
 
 
 def accelerate(flow: T, path: str = "auto") -> T:
@@ -164,7 +166,11 @@ def _transforms(where: str, flow: object) -> Iterator[tuple[str, nn.Module]]:
     for prefix, root in modules:
         for name, module in root.named_modules():
             library = _library(type(module))
-            if library is not None and id(module) not in seen and any(map(library.is_autoregressive, type(module).__mro__)):
+            if (
+                library is not None
+                and id(module) not in seen
+                and any(map(library.is_autoregressive, type(module).__mro__))
+            ):
                 seen.add(id(module))
                 yield ".".join(part for part in (prefix, name) if part), module
 

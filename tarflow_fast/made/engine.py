@@ -14,6 +14,7 @@ The univariate transforms it knows, and their constants:
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -90,26 +91,28 @@ class Plan:
 
     def __init__(self, made: Made, schedule: Schedule, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._steps = schedule.steps
+        self._lock = threading.Lock()
         self._masks = [mask.to(torch.uint8).contiguous() for mask in schedule.masks]
         self._places = [each.to(torch.int32) for each in schedule.places]
         self._starts = [torch.tensor(each, dtype=torch.int32) for each in schedule.starts]
         self._blocks = torch.tensor(_blocks(schedule), dtype=torch.int32)
         self._residuals = [
-            None if layer.residual is None else _inverse(schedule.places[layer.residual])[schedule.places[l + 1]].int()
-            for l, layer in enumerate(made.layers)
+            None if layer.residual is None else _inverse(schedule.places[layer.residual])[places].int()
+            for layer, places in zip(made.layers, schedule.places[1:], strict=True)
         ]
         self._layers = (_Layer * len(made.layers))()
-        for l, layer in enumerate(made.layers):
-            own = next((each.activation for each in made.layers if each.source == l + 1 and each.activation != IDENTITY), IDENTITY)
-            raw = any(each.residual == l + 1 or (each.source == l + 1 and each.activation == IDENTITY) for each in made.layers)
-            c = self._layers[l]
-            c.mask, c.mask_stride = self._masks[l].data_ptr(), self._masks[l].size(1)
-            c.places, c.starts = self._places[l + 1].data_ptr(), self._starts[l + 1].data_ptr()
-            c.residual_at, c.units = native.pointer(self._residuals[l]), self._masks[l].size(0)
+        for number, layer in enumerate(made.layers):
+            readers = [each for each in made.layers if each.source == number + 1]
+            own = next((each.activation for each in readers if each.activation != IDENTITY), IDENTITY)
+            raw = any(each.activation == IDENTITY for each in readers)
+            c = self._layers[number]
+            c.mask, c.mask_stride = self._masks[number].data_ptr(), self._masks[number].size(1)
+            c.places, c.starts = self._places[number + 1].data_ptr(), self._starts[number + 1].data_ptr()
+            c.residual_at, c.units = native.pointer(self._residuals[number]), self._masks[number].size(0)
             c.source, c.reads_raw, c.slope = layer.source, layer.activation == IDENTITY, own.slope
             c.residual = -1 if layer.residual is None else layer.residual
-            c.activation, c.keeps_raw = [*ACTIVATIONS].index(own.name), raw
+            c.activation = [*ACTIVATIONS].index(own.name)
+            c.keeps_raw = raw or any(each.residual == number + 1 for each in made.layers)
         name, constants = made.univariate.engine
         self._made = _Made(
             layers=ctypes.addressof(self._layers),
@@ -154,8 +157,12 @@ class Plan:
                 rows=min(most, y.size(0) - first),
             )
             addresses = [
-                (_pointer * L)(*(None if each is None else each.data_ptr() + first * stride * each.element_size()
-                                 for each, stride in zip(some, steps, strict=True)))
+                (_pointer * L)(
+                    *(
+                        None if each is None else each.data_ptr() + first * stride * each.element_size()
+                        for each, stride in zip(some, steps, strict=True)
+                    )
+                )
                 for some, steps in zip(parts, strides, strict=True)
             ]
             counts = [(_i64 * L)(*steps) for steps in strides]
@@ -173,12 +180,14 @@ class Plan:
                 raise RuntimeError("made: the weights were changed after freeze(); call freeze() again, or unfreeze()")
             return self._kept[1]
         tensors = [None if each is None else each.detach().contiguous() for each in tensors]
-        for l, layer in enumerate(self._layers):
-            weight, bias = tensors[2 * l : 2 * l + 2]
-            layer.weight, layer.weight_stride = weight.data_ptr(), weight.stride(0)
-            layer.bias = native.pointer(bias)
         packed = torch.empty(self.numbers, dtype=self.dtype)
-        native.library().tf_made_pack(ctypes.byref(self._made), packed.data_ptr())
+        with self._lock:  # another thread's tensors must not take the place of these while they are read
+            for number, layer in enumerate(self._layers):
+                weight, bias = tensors[2 * number : 2 * number + 2]
+                layer.weight, layer.weight_stride = weight.data_ptr(), weight.stride(0)
+                layer.bias = native.pointer(bias)
+            status = native.library().tf_made_pack(ctypes.byref(self._made), packed.data_ptr(), native.threads())
+        native.check(status, "tf_made_pack")
         if keep:
             self._kept = seen, packed
         return packed

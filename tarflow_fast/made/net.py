@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "IDENTITY", "Activation", "Layer", "Made", "Unknown", "Univariate"]
+__all__ = ["ACTIVATIONS", "IDENTITY", "Activation", "Layer", "Made", "Univariate", "Unknown"]
 __all__ += ["activation_of", "check_plain", "masked"]
 
 OfContext = Callable[[Tensor], Tensor]
@@ -31,7 +31,7 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function: its name, its slope below zero where it has one (alpha of elu), and itself in PyTorch."""
+    """An elementwise function: its name, and its slope below zero where it has one (alpha of elu)."""
 
     name: str
     slope: float = 0.0

@@ -32,31 +32,31 @@ def sweep(made: Made, schedule: Schedule, y: Tensor, terms: Terms, gates: Terms)
     (D,), B = schedule.places[0].shape, y.size(0)
     places = [each.to(y.device) for each in schedule.places]
     weights, biases, values = [], [], [y.new_empty(D, B)]
-    for l, layer in enumerate(made.layers):
-        rows, columns = places[l + 1], places[layer.source]
+    for number, layer in enumerate(made.layers):
+        rows, columns = places[number + 1], places[layer.source]
         weight = (layer.mask() * layer.weight())[rows][:, columns].to(y.dtype)
         bias = layer.bias()
         bias = y.new_zeros(len(rows), 1) if bias is None else bias[rows, None]
-        biases.append(bias if terms[l] is None else bias + terms[l].T[rows])
+        biases.append(bias if terms[number] is None else bias + terms[number].T[rows])
         weights.append(weight)
         values.append(y.new_empty(len(rows), B))
-    gates = [None if gate is None else gate.T[places[l + 1]] for l, gate in enumerate(gates)]
+    gates = [None if gate is None else gate.T[places[number + 1]] for number, gate in enumerate(gates)]
     residuals = [None if layer.residual is None else _inverse(places[layer.residual]) for layer in made.layers]
     x, log_det, noise = values[0], y.new_zeros(B), y.T[places[0]]
     for s in range(schedule.steps):
-        for l, layer in enumerate(made.layers):
-            first, last = schedule.starts[l + 1][s : s + 2]
+        for number, layer in enumerate(made.layers):
+            first, last = schedule.starts[number + 1][s : s + 2]
             if first == last:
                 continue
             starts = schedule.starts[layer.source]
             inputs = starts[s] if layer.source == 0 else starts[s + 1]
-            v = weights[l][first:last, :inputs] @ layer.activation(values[layer.source][:inputs])
-            v = v + biases[l][first:last]
-            if gates[l] is not None:
-                v = v * gates[l][first:last]
+            v = weights[number][first:last, :inputs] @ layer.activation(values[layer.source][:inputs])
+            v = v + biases[number][first:last]
+            if gates[number] is not None:
+                v = v * gates[number][first:last]
             if layer.residual is not None:
-                v = v + values[layer.residual][residuals[l][places[l + 1][first:last]]]
-            values[l + 1][first:last] = v
+                v = v + values[layer.residual][residuals[number][places[number + 1][first:last]]]
+            values[number + 1][first:last] = v
         first, last = schedule.starts[0][s : s + 2]
         P = made.univariate.parameters
         parameters = values[-1][first * P : last * P].T.reshape(B, last - first, P)
