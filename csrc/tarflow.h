@@ -212,6 +212,15 @@ enum tf_made_univariate {
     TF_MADE_SPLINE_TORCHFLOWS,
 };
 
+// f(W c + bias) of the context c of a row.
+typedef struct tf_made_context {
+    const void* weight;  // (units, stride), of which the first columns are read; NULL: there is no such vector
+    const void* bias;    // (units,), or NULL
+    int64_t stride;
+    double slope;
+    int32_t activation;
+} tf_made_context;
+
 typedef struct tf_made_layer {
     const void* weight;         // (units, weight_stride), of which the first columns are those of the source
     const uint8_t* mask;        // (units, mask_stride): 0 or 1
@@ -220,6 +229,7 @@ typedef struct tf_made_layer {
     const int32_t* starts;      // (steps + 1,): how many units are final before each step
     const int32_t* residual_at; // (units,): the place in `residual` of what is added at each place, or NULL
     int64_t units, weight_stride, mask_stride;
+    tf_made_context term, gate; // what the context adds to the bias, and what it multiplies the sum by
     double slope;               // of the activation below zero
     int32_t source;             // the vector it reads
     int32_t reads_raw;          // whether it reads that vector as it is, or after its activation
@@ -235,18 +245,16 @@ typedef struct tf_made {
     const int32_t* blocks;  // (block_count + 1,): steps, from 0 to `steps`; what a block needs of earlier blocks is one
                             // product of matrices
     double constants[8];
-    int64_t features, steps, block_count, parameters;  // parameters of one feature
+    int64_t features, steps, block_count, parameters, context;  // parameters of one feature; numbers of a context
     int32_t layer_count, univariate, dtype;            // dtype: TF_F32 or TF_F64, of all tensors
 } tf_made;
 
 typedef struct tf_made_rows {
-    const void* y;              // (rows, features)
-    void* x;                    // (rows, features); it does not alias y
-    void* log_det;              // (rows,): log |det dx / dy|
-    const void* const* terms;   // for each layer (rows, units) to be added to the bias, or NULL
-    const void* const* gates;   // for each layer (rows, units) to be multiplied by, or NULL
-    const int64_t* term_strides;  // for each layer, from row to row; 0 when all rows share it
-    const int64_t* gate_strides;
+    const void* y;           // (rows, features)
+    void* x;                 // (rows, features); it does not alias y
+    void* log_det;           // (rows,): log |det dx / dy|
+    const void* context;     // (rows, context_stride), or NULL
+    int64_t context_stride;  // 0 when all rows share one context
     int64_t rows;
 } tf_made_rows;
 

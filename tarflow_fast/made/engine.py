@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tarflow_fast import native
-from tarflow_fast.made.net import ACTIVATIONS, IDENTITY, Made
+from tarflow_fast.made.net import ACTIVATIONS, IDENTITY, Layer, Made
 from tarflow_fast.made.schedule import Schedule
 
 __all__ = ["Plan", "why_not"]
@@ -35,12 +34,26 @@ CALL_FLOPS = 2e9  # of one native call and thread: at most 0.1 s, so that Ctrl-C
 _pointer, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
+class _Context(ctypes.Structure):
+    """tf_made_context."""
+
+    _fields_ = (
+        ("weight", _pointer),
+        ("bias", _pointer),
+        ("stride", _i64),
+        ("slope", ctypes.c_double),
+        ("activation", _i32),
+    )
+
+
 class _Layer(ctypes.Structure):
     """tf_made_layer."""
 
     _fields_ = (
         *((name, _pointer) for name in ("weight", "mask", "bias", "places", "starts", "residual_at")),
         *((name, _i64) for name in ("units", "weight_stride", "mask_stride")),
+        ("term", _Context),
+        ("gate", _Context),
         ("slope", ctypes.c_double),
         *((name, _i32) for name in ("source", "reads_raw", "residual", "activation", "keeps_raw")),
     )
@@ -52,7 +65,7 @@ class _Made(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("layers", "places", "starts", "blocks")),
         ("constants", ctypes.c_double * 8),
-        *((name, _i64) for name in ("features", "steps", "block_count", "parameters")),
+        *((name, _i64) for name in ("features", "steps", "block_count", "parameters", "context")),
         *((name, _i32) for name in ("layer_count", "univariate", "dtype")),
     )
 
@@ -61,8 +74,8 @@ class _Rows(ctypes.Structure):
     """tf_made_rows."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("y", "x", "log_det", "terms", "gates", "term_strides", "gate_strides")),
-        ("rows", _i64),
+        *((name, _pointer) for name in ("y", "x", "log_det", "context")),
+        *((name, _i64) for name in ("context_stride", "rows")),
     )
 
 
@@ -124,17 +137,15 @@ class Plan:
             steps=schedule.steps,
             block_count=len(self._blocks) - 1,
             parameters=made.univariate.parameters,
+            context=made.context,
             layer_count=len(made.layers),
             univariate=UNIVARIATES.index(name),
             dtype=native.DTYPES[dtype],
         )
-        self.numbers = native.library().tf_made_numbers(ctypes.byref(self._made))
         self._kept: tuple[list, Tensor] | None = None  # what the weights were, and packed
 
-    def invert(
-        self, made: Made, y: Tensor, terms: Sequence[Tensor | None], gates: Sequence[Tensor | None], keep: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """x and log |det dx/dy| of y (B, D), with terms and gates as in `sweep.sweep`.
+    def invert(self, made: Made, y: Tensor, context: Tensor | None, keep: bool = False) -> tuple[Tensor, Tensor]:
+        """x and log |det dx/dy| of y (B, D) for a context (B, E), or (1, E) for all rows.
 
         keep: use the weights packed at an earlier call.
 
@@ -145,52 +156,58 @@ class Plan:
         packed = self._packed(made, keep)
         y = y.contiguous()
         x, log_det = torch.empty_like(y), y.new_empty(y.size(0))
-        library, threads, L = native.library(), native.threads(), len(made.layers)
-        parts = [[None if each is None else each.to(y.dtype).contiguous() for each in some] for some in (terms, gates)]
-        strides = [[0 if each is None or each.size(0) == 1 else each.stride(0) for each in some] for some in parts]
-        most = max(int(CALL_FLOPS * threads / (2 * self.numbers)) // 64 * 64, 64 * threads)
+        context = None if context is None else context.contiguous()
+        stride = 0 if context is None or context.size(0) == 1 else context.size(1)
+        threads = native.threads()
+        most = max(int(CALL_FLOPS * threads / (2 * packed.numel())) // 64 * 64, 64 * threads)
         for first in range(0, y.size(0), most):
             rows = _Rows(
                 y=y[first:].data_ptr(),
                 x=x[first:].data_ptr(),
                 log_det=log_det[first:].data_ptr(),
+                context=None if context is None else context[first if stride else 0 :].data_ptr(),
+                context_stride=stride,
                 rows=min(most, y.size(0) - first),
             )
-            addresses = [
-                (_pointer * L)(
-                    *(
-                        None if each is None else each.data_ptr() + first * stride * each.element_size()
-                        for each, stride in zip(some, steps, strict=True)
-                    )
-                )
-                for some, steps in zip(parts, strides, strict=True)
-            ]
-            counts = [(_i64 * L)(*steps) for steps in strides]
-            rows.terms, rows.gates = map(ctypes.addressof, addresses)
-            rows.term_strides, rows.gate_strides = map(ctypes.addressof, counts)
-            status = library.tf_made_invert(ctypes.byref(self._made), packed.data_ptr(), ctypes.byref(rows), threads)
-            native.check(status, "tf_made_invert")
+            call = ctypes.byref(self._made), packed.data_ptr(), ctypes.byref(rows), threads
+            native.check(native.library().tf_made_invert(*call), "tf_made_invert")
         return x, log_det
 
     def _packed(self, made: Made, keep: bool) -> Tensor:
-        tensors = [each for layer in made.layers for each in (layer.weight(), layer.bias())]
-        seen = [None if each is None else (id(each), each.data_ptr(), each._version) for each in tensors]
+        seen = [(id(each), each.data_ptr(), each._version) for each in made.parameters]
         if keep and self._kept is not None:
             if self._kept[0] != seen:
                 raise RuntimeError("made: the weights were changed after freeze(); call freeze() again, or unfreeze()")
             return self._kept[1]
-        tensors = [None if each is None else each.detach().contiguous() for each in tensors]
-        packed = torch.empty(self.numbers, dtype=self.dtype)
+        library = native.library()
         with self._lock:  # another thread's tensors must not take the place of these while they are read
-            for number, layer in enumerate(self._layers):
-                weight, bias = tensors[2 * number : 2 * number + 2]
-                layer.weight, layer.weight_stride = weight.data_ptr(), weight.stride(0)
-                layer.bias = native.pointer(bias)
-            status = native.library().tf_made_pack(ctypes.byref(self._made), packed.data_ptr(), native.threads())
+            held = [*map(_link, self._layers, made.layers)]
+            packed = torch.empty(library.tf_made_numbers(ctypes.byref(self._made)), dtype=self.dtype)
+            status = library.tf_made_pack(ctypes.byref(self._made), packed.data_ptr(), native.threads())
+            del held
         native.check(status, "tf_made_pack")
         if keep:
             self._kept = seen, packed
         return packed
+
+
+def _link(c: _Layer, layer: Layer) -> list[Tensor]:
+    """Point C at the weights as they are now. Returns what has to live as long as C reads."""
+    held: list[Tensor] = []
+
+    def address(tensor: Tensor | None) -> int | None:
+        if tensor is not None:
+            held.append(tensor.detach().contiguous())
+        return None if tensor is None else held[-1].data_ptr()
+
+    c.weight = address(layer.weight())
+    c.weight_stride, c.bias = held[-1].stride(0), address(layer.bias())
+    for function, into in ((layer.term, c.term), (layer.gate, c.gate)):
+        if function is not None:
+            into.weight = address(function.weight())
+            into.stride, into.bias = held[-1].stride(0), address(function.bias())
+            into.activation, into.slope = [*ACTIVATIONS].index(function.activation.name), function.activation.slope
+    return held
 
 
 def _blocks(schedule: Schedule) -> list[int]:

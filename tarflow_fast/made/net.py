@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "IDENTITY", "Activation", "Layer", "Made", "Univariate", "Unknown"]
+__all__ = ["ACTIVATIONS", "IDENTITY", "Activation", "Layer", "Made", "OfContext", "Univariate", "Unknown"]
 __all__ += ["activation_of", "check_plain", "masked"]
-
-OfContext = Callable[[Tensor], Tensor]
 
 
 class Unknown(Exception):
@@ -89,6 +87,18 @@ def activation_of(function: object) -> Activation:
 
 
 @dataclass(frozen=True)
+class OfContext:
+    """f(W c + bias), a function of the context c alone: (rows, E) -> (rows, units)."""
+
+    weight: Callable[[], Tensor]  # (units, E), read anew at every call
+    bias: Callable[[], Tensor | None]
+    activation: Activation = IDENTITY
+
+    def __call__(self, context: Tensor) -> Tensor:
+        return self.activation(F.linear(context, self.weight(), self.bias()))
+
+
+@dataclass(frozen=True)
 class Layer:
     """One layer, as above. `weight` may have more columns than v_s has units: the others are those of the context."""
 
@@ -98,7 +108,7 @@ class Layer:
     source: int = 0
     activation: Activation = IDENTITY
     residual: int | None = None
-    term: OfContext | None = None  # context (rows, E) -> (rows, units)
+    term: OfContext | None = None
     gate: OfContext | None = None
 
 
@@ -145,8 +155,6 @@ def masked(linear: nn.Linear, features: int | None = None, **options: object) ->
     check_plain(linear)
     term = None
     if features is not None and linear.in_features > features:
-
-        def term(context: Tensor) -> Tensor:
-            return F.linear(context, (linear.mask * linear.weight)[:, features:])
+        term = OfContext(lambda: (linear.mask * linear.weight)[:, features:], lambda: None)
 
     return Layer(lambda: linear.weight, lambda: linear.mask, lambda: linear.bias, term=term, **options)

@@ -12,7 +12,7 @@ from tarflow_fast import native
 from tarflow_fast.made.engine import Plan, why_not
 from tarflow_fast.made.net import Made, Unknown
 from tarflow_fast.made.schedule import Schedule, masks_of
-from tarflow_fast.made.sweep import sweep, terms_of
+from tarflow_fast.made.sweep import sweep
 
 __all__ = ["PATHS", "State", "invert", "path_of"]
 
@@ -122,12 +122,11 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
         rows = max(PART_NUMBERS // sum(map(len, schedule.places)), 256)
         for first in range(0, y.size(0), rows):
             part = slice(first, first + rows)
-            shared = context is None or context.size(0) == 1
-            terms, gates = terms_of(made, context if shared else context[part])
+            own = context if context is None or context.size(0) == 1 else context[part]
             if plan is None:
-                x[part], log_det[part] = sweep(made, schedule, y[part], terms, gates)
+                x[part], log_det[part] = sweep(made, schedule, y[part], own)
             else:
-                x[part], log_det[part] = plan.invert(made, y[part], terms, gates, keep=state.frozen)
+                x[part], log_det[part] = plan.invert(made, y[part], own, keep=state.frozen)
     return x.reshape(*shape, made.features), log_det.reshape(shape)
 
 

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from tarflow_fast.made.net import Made
 from tarflow_fast.made.schedule import Schedule
 
-__all__ = ["sweep", "terms_of"]
-
-Terms = Sequence[Tensor | None]
+__all__ = ["sweep"]
 
 
-def terms_of(made: Made, context: Tensor | None) -> tuple[Terms, Terms]:
-    """The terms and the gates of all layers for a context (rows, E): (rows, units) each, or None."""
-    if context is None:
-        return [None] * len(made.layers), [None] * len(made.layers)
-    terms = [None if layer.term is None else layer.term(context) for layer in made.layers]
-    return terms, [None if layer.gate is None else layer.gate(context) for layer in made.layers]
-
-
-def sweep(made: Made, schedule: Schedule, y: Tensor, terms: Terms, gates: Terms) -> tuple[Tensor, Tensor]:
+def sweep(made: Made, schedule: Schedule, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """The inverse x of y (B, D), and log |det dx/dy| (B,), each unit computed once.
 
-    terms and gates are (B, units) or (1, units). Units lie in the order of their steps, (units, B), so that what a
-    step reads is one contiguous part from the start.
+    context: (B, E), or (1, E) for all rows. Units lie in the order of their steps, (units, B), so that what a step
+    reads is one contiguous part from the start.
     """
+    terms = [None if layer.term is None else layer.term(context) for layer in made.layers]
+    gates = [None if layer.gate is None else layer.gate(context) for layer in made.layers]
     (D,), B = schedule.places[0].shape, y.size(0)
     places = [each.to(y.device) for each in schedule.places]
     weights, biases, values = [], [], [y.new_empty(D, B)]

@@ -57,30 +57,28 @@ class Tile {
         log_det_ = take(1);
         lost_ = take(1);
         raw_[0] = seen_[0] = take(made.features);
+        context_ = take(made.context);
         for (int l = 1; l <= made.layer_count; ++l) {
             const tf_made_layer& layer = made.layers[l - 1];
             const bool last = l == made.layer_count;
-            raw_[l] = take(last ? widest_block(made) : layer.units);
+            raw_[l] = take(last ? widest_block(made, l) : layer.units);
             const bool both = !last && layer.activation != TF_MADE_IDENTITY && layer.keeps_raw;
             seen_[l] = both ? take(layer.units) : raw_[l];
+            of_context_[l] = layer.gate.weight || layer.term.weight ? take(widest_block(made, l)) : nullptr;
         }
     }
 
     static int64_t numbers(const tf_made& made) {
-        int64_t units = 2 * made.features + 2 + widest_block(made);
-        for (int l = 0; l + 1 < made.layer_count; ++l) units += 2 * made.layers[l].units;
+        int64_t units = 2 * made.features + made.context + 2;
+        for (int l = 1; l <= made.layer_count; ++l)
+            units += (l == made.layer_count ? 0 : 2 * made.layers[l - 1].units) + 2 * widest_block(made, l);
         return units * ROWS;
     }
 
     // Rows [first, last) of the batch, at most ROWS.
     void run(const T* packed, const tf_made_rows& rows, int64_t first, int64_t last) {
-        read(static_cast<const T*>(rows.y), first, last);
+        read(rows, first, last);
         const int L = made_.layer_count;
-        const T* biases[MOST_LAYERS];
-        for (int l = 0; l < L; ++l) {
-            biases[l] = packed;
-            packed += made_.layers[l].units;
-        }
         int64_t parameters_from = 0;  // the place of the first parameter kept
         const auto units_of = [&](int l, int64_t place) {
             return raw_[l + 1] + (l + 1 == L ? place - parameters_from : place) * ROWS;
@@ -88,27 +86,20 @@ class Tile {
         const Schedule schedule = {made_};
         walk(
             made_,
-            [&](int64_t s0, int64_t s1) {
+            [&](int64_t s0, int64_t) {
+                block_ = s0;
                 parameters_from = schedule.starts(L)[s0];
-                for (int l = 0; l < L; ++l) {
-                    const int32_t* starts = schedule.starts(l + 1);
-                    for (int64_t u = starts[s0]; u < starts[s1]; ++u)
-                        begin(biases[l][u], rows, l, u, first, last, units_of(l, u));
-                }
             },
+            [&](int l, int64_t from, int64_t to) { packed = begin(packed, l, to - from, units_of(l, from)); },
             [&](const Part& part) {
                 const tf_made_layer& layer = made_.layers[part.l];
                 const T* in = (layer.reads_raw ? raw_ : seen_)[layer.source] + part.from * ROWS;
                 const int64_t inputs = part.to - part.from;
-                for (int64_t u = part.first; u < part.last; u += PANEL) {
-                    const int width = int(part.last - u < PANEL ? part.last - u : PANEL);
-                    product(width, packed, in, inputs, units_of(part.l, u));
-                    packed += inputs * width;
-                }
+                packed = product(packed, in, inputs, part.last - part.first, units_of(part.l, part.first));
             },
             [&](int l, int64_t s) {
                 const int32_t* starts = schedule.starts(l + 1);
-                finish(rows, l, starts[s], starts[s + 1], first, last, units_of(l, starts[s]));
+                finish(l, starts[s], starts[s + 1], starts[block_], units_of(l, starts[s]));
             },
             [&](int64_t s) {
                 for (int64_t d = made_.starts[s]; d < made_.starts[s + 1]; ++d)
@@ -120,8 +111,8 @@ class Tile {
     static constexpr int MOST_LAYERS = 64;
 
   private:
-    static int64_t widest_block(const tf_made& made) {
-        const int32_t* starts = made.layers[made.layer_count - 1].starts;
+    static int64_t widest_block(const tf_made& made, int vector) {
+        const int32_t* starts = made.layers[vector - 1].starts;
         int64_t widest = 0;
         for (int64_t k = 0; k < made.block_count; ++k) {
             const int64_t units = starts[made.blocks[k + 1]] - starts[made.blocks[k]];
@@ -130,8 +121,15 @@ class Tile {
         return widest;
     }
 
-    static void product(int width, const T* w, const T* in, int64_t inputs, T* out) {
-        if (inputs == 0) return;
+    // Adds to `units` units their weighted inputs. Returns the end of the weights.
+    static const T* product(const T* w, const T* in, int64_t inputs, int64_t units, T* out) {
+        if (inputs == 0) return w;
+        for (int64_t u = 0; u < units; u += PANEL, w += PANEL * inputs, out += PANEL * ROWS)
+            panel(int(units - u < PANEL ? units - u : PANEL), w, in, inputs, out);
+        return w - ((units + PANEL - 1) / PANEL * PANEL - units) * inputs;
+    }
+
+    static void panel(int width, const T* w, const T* in, int64_t inputs, T* out) {
         switch (width) {
             case 1: return multiply<T, VECTORS, 1>(w, in, inputs, out);
             case 2: return multiply<T, VECTORS, 2>(w, in, inputs, out);
@@ -142,13 +140,15 @@ class Tile {
         }
     }
 
-    void read(const T* y, int64_t first, int64_t last) {
+    void read(const tf_made_rows& rows, int64_t first, int64_t last) {
         const int64_t D = made_.features;
-        for (int64_t d = 0; d < D; ++d) {
-            const T* from = y + first * D + made_.places[d];
-            T* to = y_ + d * ROWS;
-            for (int64_t row = 0; row < ROWS; ++row) to[row] = row < last - first ? from[row * D] : T(0);
-        }
+        const auto column = [&](const T* from, int64_t stride, T* to) {
+            for (int64_t row = 0; row < ROWS; ++row) to[row] = row < last - first ? from[row * stride] : T(0);
+        };
+        const T* y = static_cast<const T*>(rows.y) + first * D;
+        for (int64_t d = 0; d < D; ++d) column(y + made_.places[d], D, y_ + d * ROWS);
+        const T* context = static_cast<const T*>(rows.context) + first * rows.context_stride;
+        for (int64_t k = 0; k < made_.context; ++k) column(context + k, rows.context_stride, context_ + k * ROWS);
         memset(log_det_, 0, ROWS * sizeof(T));
         memset(lost_, 0, ROWS * sizeof(T));
     }
@@ -161,27 +161,38 @@ class Tile {
         memcpy(static_cast<T*>(rows.log_det) + first, log_det_, size_t(last - first) * sizeof(T));
     }
 
-    // A unit begins as its bias, and what the context adds to it.
-    void begin(T bias, const tf_made_rows& rows, int l, int64_t u, int64_t first, int64_t last, T* to) {
-        const T* term = static_cast<const T*>(rows.terms[l]);
-        if (!term || rows.term_strides[l] == 0) {
-            if (term) bias += term[made_.layers[l].places[u]];
-            for (int v = 0; v < VECTORS; ++v) store(to + v * LANES_OF, splat(bias));
-            return;
+    static const T* spread(const T* biases, int64_t units, T* to) {
+        for (int64_t u = 0; u < units; ++u)
+            for (int k = 0; k < ROWS; k += LANES_OF) store(to + u * ROWS + k, splat(biases[u]));
+        return biases + units;
+    }
+
+    // What a function of the context is for `units` units.
+    const T* compute(const tf_made_context& function, const T* packed, int64_t units, T* to) {
+        packed = spread(packed, units, to);
+        packed = product(packed, context_, made_.context, units, to);
+        if (function.activation != TF_MADE_IDENTITY) activate(function.activation, function.slope, to, to, units * ROWS);
+        return packed;
+    }
+
+    // The units of a block begin as their biases and what the context adds. Their gates are kept for `finish`.
+    const T* begin(const T* packed, int l, int64_t units, T* to) {
+        const tf_made_layer& layer = made_.layers[l];
+        T* of_context = of_context_[l + 1];
+        packed = spread(packed, units, to);
+        if (layer.term.weight) {
+            packed = compute(layer.term, packed, units, of_context);
+            for (int64_t k = 0; k < units * ROWS; k += LANES_OF) store(to + k, load(to + k) + load(of_context + k));
         }
-        term += first * rows.term_strides[l] + made_.layers[l].places[u];
-        for (int64_t row = 0; row < ROWS; ++row)
-            to[row] = row < last - first ? bias + term[row * rows.term_strides[l]] : bias;
+        return layer.gate.weight ? compute(layer.gate, packed, units, of_context) : packed;
     }
 
     // The sums of units [from, to) of a layer are complete: the gate, what is added, the activation.
-    void finish(const tf_made_rows& rows, int l, int64_t from, int64_t to, int64_t first, int64_t last, T* out) {
+    void finish(int l, int64_t from, int64_t to, int64_t block_from, T* out) {
         const tf_made_layer& layer = made_.layers[l];
-        if (const T* gate = static_cast<const T*>(rows.gates[l])) {
-            gate += first * rows.gate_strides[l];
-            for (int64_t u = from; u < to; ++u)
-                for (int64_t row = 0; row < last - first; ++row)
-                    out[(u - from) * ROWS + row] *= gate[row * rows.gate_strides[l] + layer.places[u]];
+        if (layer.gate.weight) {
+            const T* gate = of_context_[l + 1] + (from - block_from) * ROWS;
+            for (int64_t k = 0; k < (to - from) * ROWS; k += LANES_OF) store(out + k, load(out + k) * load(gate + k));
         }
         if (layer.residual >= 0)
             for (int64_t u = from; u < to; ++u) {
@@ -212,9 +223,11 @@ class Tile {
     }
 
     const tf_made& made_;
-    T *y_, *log_det_, *lost_;
+    T *y_, *log_det_, *lost_, *context_;
+    int64_t block_ = 0;  // the first step of this block
     T* raw_[MOST_LAYERS + 1];   // the vectors as they are, and
     T* seen_[MOST_LAYERS + 1];  // after their activation
+    T* of_context_[MOST_LAYERS + 1];  // gates of the units of this block, or scratch memory for their terms
 };
 
 template <class T, int VECTORS>

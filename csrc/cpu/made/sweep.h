@@ -38,15 +38,20 @@ struct Schedule {
     }
 };
 
-// Calls block(s0, s1), product(part) and step(s) in the order of the sweep: for each block the products with earlier
-// ones, then for each of its steps the products within, and layer(l, s) after that of each layer.
-template <class Block, class Product, class Layer, class Step>
-inline void walk(const tf_made& made, Block block, Product product, Layer layer, Step step) {
+// Calls what follows in the order of the sweep. For each block: block(s0, s1), then for each layer begin(l, first, last)
+// of its units in the block and the product with earlier blocks. For each of its steps: the product within and
+// layer(l, s) of each layer, then step(s).
+template <class Block, class Begin, class Product, class Layer, class Step>
+inline void walk(const tf_made& made, Block block, Begin begin, Product product, Layer layer, Step step) {
     const Schedule schedule = {made};
     for (int64_t k = 0; k < made.block_count; ++k) {
         const int64_t s0 = made.blocks[k], s1 = made.blocks[k + 1];
         block(s0, s1);
-        for (int l = 0; l < made.layer_count; ++l) product(schedule.before(l, s0, s1));
+        for (int l = 0; l < made.layer_count; ++l) {
+            const Part before = schedule.before(l, s0, s1);
+            begin(l, before.first, before.last);
+            product(before);
+        }
         for (int64_t s = s0; s < s1; ++s) {
             for (int l = 0; l < made.layer_count; ++l) {
                 product(schedule.within(l, s, s0));

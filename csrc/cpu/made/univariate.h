@@ -76,7 +76,7 @@ inline Spline spline_of(int kind, const double* c) {
     return s;
 }
 
-// e[k] = exp(raw[k] - max) of all bins; returns 1 / sum. raw(k) gives the k-th raw number.
+// e[k] = exp(raw[k] - max) of all bins; returns their sum. raw(k) gives the k-th raw number.
 template <class V, class Raw>
 inline V exponentials(int bins, V* e, Raw raw) {
     V largest = e[0] = raw(0);
@@ -84,25 +84,37 @@ inline V exponentials(int bins, V* e, Raw raw) {
         e[k] = raw(k);
         largest = e[k] > largest ? e[k] : largest;
     }
-    V sum = {};
+    V sum = {}, lost = {};  // Kahan's: an error of the sum moves all knots to the same side
     for (int k = 0; k < bins; ++k) {
         e[k] = exp(e[k] - largest);
-        sum += e[k];
+        const V more = e[k] - lost, next = sum + more;
+        lost = (next - sum) - more;
+        sum = next;
     }
-    return all<V>(1) / sum;
+    return sum;
 }
 
-// Calls f(k, knot k, knot k + 1) for all bins.
+// A knot as two numbers, whose sum has half as many digits again. Rounded to one, as it is in the libraries, it is off by
+// an ulp of the whole interval, and where a spline is steep its inverse multiplies that.
+template <class V>
+struct Knot {
+    V high, low;
+};
+
+// Calls f(k, knot k, size of bin k) for all bins.
 template <class V, class Function>
-inline void for_bins(const Spline& s, double least, const V* e, V over_sum, Function f) {
+inline void for_bins(const Spline& s, double least, const V* e, V sum, Function f) {
     const V span = all<V>(s.high - s.low), bottom = all<V>(s.low), minimum = all<V>(least);
-    const V rest = over_sum * all<V>(1 - least * s.bins);
-    V total = {}, knot = bottom;
+    const V rest = all<V>(1 - least * s.bins);
+    V total = {}, lost = {};  // Kahan's sum
     for (int k = 0; k < s.bins; ++k) {
-        total += minimum + rest * e[k];
-        const V next = k + 1 < s.bins ? fma(span, total, bottom) : all<V>(s.high);
-        f(k, knot, next);
-        knot = next;
+        const V size = fma(rest, e[k] / sum, minimum);  // times 1 / sum, all would be off to the same side
+        const V above = span * total, knot = above + bottom, back = knot - above;
+        const V rounded = (above - (knot - back)) + (bottom - back);
+        f(k, Knot<V>{knot, rounded + (fma(span, total, -above) - span * lost)}, span * size);
+        const V more = size - lost, next = total + more;
+        lost = (next - total) - more;
+        total = next;
     }
 }
 
@@ -120,23 +132,22 @@ inline Inverse<V> spline_inverse(const Spline& s, V y, const Element<V>* phi, in
     };
 
     V e[MOST_BINS];
-    V over_sum = exponentials(K, e, height);
-    V y0 = {}, y1 = {}, bin = {};
-    for_bins(s, s.min_height, e, over_sum, [&](int k, V knot, V next) {
-        if (k == 0) {
-            y0 = knot, y1 = next, bin = V{};
-        } else {
-            const auto here = y >= knot;
-            y0 = here ? knot : y0, y1 = here ? next : y1, bin = here ? all<V>(k) : bin;
-        }
+    V sum = exponentials(K, e, height);
+    Knot<V> y0 = {}, x0 = {};
+    V rise = {}, run = {}, bin = {};
+    const auto choose = [](auto here, Knot<V> yes, Knot<V> no) {
+        return Knot<V>{here ? yes.high : no.high, here ? yes.low : no.low};
+    };
+    for_bins(s, s.min_height, e, sum, [&](int k, Knot<V> knot, V size) {
+        const auto here = k == 0 ? y == y : y >= knot.high;
+        y0 = choose(here, knot, y0), rise = here ? size : rise, bin = here ? all<V>(k) : bin;
     });
-    over_sum = exponentials(K, e, width);
-    V x0 = {}, x1 = {};
+    sum = exponentials(K, e, width);
     V d0 = all<V>(s.edge), d1 = all<V>(s.edge);
     const Element<V>* derivatives = phi + 2 * K * stride;
-    for_bins(s, s.min_width, e, over_sum, [&](int k, V knot, V next) {
+    for_bins(s, s.min_width, e, sum, [&](int k, Knot<V> knot, V size) {
         const auto here = bin == all<V>(k);
-        x0 = here ? knot : x0, x1 = here ? next : x1;
+        x0 = choose(here, knot, x0), run = here ? size : run;
         const auto raw = [&](int number) {
             return fma(load(derivatives + number * stride), all<V>(s.derivative_scale), all<V>(s.derivative_offset));
         };
@@ -149,8 +160,8 @@ inline Inverse<V> spline_inverse(const Spline& s, V y, const Element<V>* phi, in
         d0 = softplus(d0) + all<V>(s.min_derivative), d1 = softplus(d1) + all<V>(s.min_derivative);
     }
 
-    // Equations 6 to 8 of the paper, with t = y - y0.
-    const V rise = y1 - y0, run = x1 - x0, slope = rise / run, t = y - y0;
+    // Equations 6 to 8 of the paper, with t = y - y0 of the bin.
+    const V slope = rise / run, t = (y - y0.high) - y0.low;
     const V bend = d0 + d1 - all<V>(2) * slope;
     const V a = rise * (slope - d0) + t * bend, b = rise * d0 - t * bend, c = -slope * t;
     V under_root = b * b - all<V>(4) * a * c;
@@ -160,7 +171,7 @@ inline Inverse<V> spline_inverse(const Spline& s, V y, const Element<V>* phi, in
     const V denominator = slope + bend * mixed;
     const V numerator = slope * slope * (d1 * z * z + all<V>(2) * slope * mixed + d0 * left * left);
     const auto inside = (y >= all<V>(s.low)) & (y <= all<V>(s.high));
-    return {inside ? x0 + z * run : y, inside ? -log(numerator / (denominator * denominator)) : V{}};
+    return {inside ? x0.high + fma(z, run, x0.low) : y, inside ? -log(numerator / (denominator * denominator)) : V{}};
 }
 
 }  // namespace
