@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tarflow_fast.made.net import IDENTITY, Activation, Layer, Unknown, activation_of, check_plain, masked
 
-__all__ = ["alone", "context_of", "inside", "layers_of", "spline_of"]
+__all__ = ["alone", "context_of", "inside", "layers_of", "spline_of", "statistics_of"]
 
 
 def layers_of(net: Any, made: ModuleType, gated: bool) -> tuple[Layer, ...]:
@@ -102,6 +102,12 @@ class _Reader:
             elif context is not None and not gated and i == 0:
                 options["term"] = context
             self.linear(linear, activation, **options)
+
+
+def statistics_of(net: Any) -> tuple[Tensor, ...]:
+    """What the batch norms of a net keep of the batches they saw."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm1d)]
+    return tuple(each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None)
 
 
 def _context(module: Any) -> nn.Linear | None:

@@ -174,7 +174,7 @@ class Plan:
 
     def _packed(self, made: Made, keep: bool) -> Tensor:
         tensors = [each for layer in made.layers for each in (layer.weight(), layer.bias())]
-        seen = [None if each is None else (id(each), each.data_ptr(), each._version) for each in tensors]
+        seen = [(id(each), each.data_ptr(), each._version) for each in (*made.parameters, *made.statistics)]
         if keep and self._kept is not None:
             if self._kept[0] != seen:
                 raise RuntimeError("made: the weights were changed after freeze(); call freeze() again, or unfreeze()")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from tarflow_fast.made.blocks import alone, context_of, inside, layers_of, spline_of
+from tarflow_fast.made.blocks import alone, context_of, inside, layers_of, spline_of, statistics_of
 from tarflow_fast.made.net import Made, Univariate
 
 Inverted = Callable[[nn.Module, Tensor, "Tensor | None"], "tuple[Tensor, Tensor] | None"]
@@ -47,7 +47,8 @@ def read(transform: nn.Module) -> Made:
 
     net = transform.autoregressive_net
     layers = layers_of(net, made, gated=False)
-    return Made(net.initial_layer.in_features, layers, _univariate(transform), tuple(net.parameters()), context_of(net))
+    features, parameters = net.initial_layer.in_features, tuple(net.parameters())
+    return Made(features, layers, _univariate(transform), parameters, context_of(net), statistics_of(net))
 
 
 def _univariate(transform: nn.Module) -> Univariate:
