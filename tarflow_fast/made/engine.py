@@ -174,7 +174,7 @@ class Plan:
         return x, log_det
 
     def _packed(self, made: Made, keep: bool) -> Tensor:
-        seen = [(id(each), each.data_ptr(), each._version) for each in made.parameters]
+        seen = [(id(each), each.data_ptr(), each._version) for each in (*made.parameters, *made.statistics)]
         if keep and self._kept is not None:
             if self._kept[0] != seen:
                 raise RuntimeError("made: the weights were changed after freeze(); call freeze() again, or unfreeze()")

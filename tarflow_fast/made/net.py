@@ -137,6 +137,7 @@ class Made:
     univariate: Univariate
     parameters: tuple[Tensor, ...]  # all that a gradient could be asked for
     context: int = 0
+    statistics: tuple[Tensor, ...] = ()  # of batch norms, from which weights are computed, too
 
 
 def check_plain(*modules: nn.Module) -> None:

@@ -125,6 +125,11 @@ def _univariate(make: object, shapes: tuple, total: int) -> Univariate:
         return inverted.call_and_ladj(y)
 
     kind, options = (make.func, make.keywords) if isinstance(make, functools.partial) else (make, {})
+    # NAF has a net for each feature, and a function from elsewhere could have the like: its features cannot be parted.
+    if isinstance(kind, nn.Module) or not getattr(kind, "__module__", "").startswith("zuko."):
+        raise Unknown(f"a univariate transform {getattr(kind, '__name__', type(kind).__name__)}")
+    if any(isinstance(each, Tensor) for each in options.values()):
+        raise Unknown("a univariate transform with a tensor among its options")
     positional = isinstance(make, functools.partial) and make.args
     slope = options.get("slope", 1e-3)
     engine: tuple[str, tuple[float, ...]] | str = f"no univariate transform {getattr(kind, '__name__', kind)}"
