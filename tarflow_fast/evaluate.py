@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from tarflow_fast.data import ImageFiles, ImageSet, generator
-from tarflow_fast.files import few
+from tarflow_fast.data.arrays import read_arrays
 from tarflow_fast.validate import check_positive_int
 
 if TYPE_CHECKING:
@@ -141,18 +140,7 @@ def load_tokens(path: str | Path, shape: tuple[int, ...]) -> tuple[np.ndarray, n
     path = Path(path).expanduser()
     if path.suffix not in (".npz", ".npy"):
         raise ValueError(f"load_tokens: the data of a flow over tokens must be a .npz or .npy file, got {str(path)!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"load_tokens: path must be a file, got {path}")
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            content = {"x": content}
-        names = list(content)
-        arrays = {name: content[name] for name in ("x", "y") if name in names}
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"load_tokens: {path} is not a whole file of numbers: {error}") from error
-    if "x" not in arrays:
-        raise ValueError(f"load_tokens: {path} must hold an array x, got {few(names) or 'none'}")
+    arrays = read_arrays(path, {"x": ("x",), "y": ("y",)}, "load_tokens")
     x, y = arrays["x"], arrays.get("y")
     if x.ndim == 0 or x.shape[1:] != tuple(shape):
         raise ValueError(f"load_tokens: x must have shape (N, {', '.join(map(str, shape))}), got {x.shape}")

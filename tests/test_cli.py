@@ -246,8 +246,8 @@ def test_verify_exits_with_what_it_found(capsys, monkeypatch, ok, code):
             ["sample", "--model", "{flow}", "--labels", "3", "10"],
             "error: sample: y must be below num_classes = 10 (negative: no label), got 10\n",
         ),
-        (["train", "--dataset", "{0}/none"], "error: load_folder: there is no folder {0}/none (and the only built-in "
-         "data set is 'digits')\n"),
+        (["train", "--dataset", "{0}/none"], "error: load_dataset: there is no folder {0}/none (built in are digits, "
+         "fashion-mnist and photographs)\n"),
         (["train", "--channels", "65"], "error: train: channels must be a multiple of 64, got 65\n"),
         (["train", "--config", "{0}/unknown.json"], "error: train: {0}/unknown.json sets width, which is none of "),
         (["train", "--config", "{0}/broken.json"], "error: train: cannot read the settings in {0}/broken.json: "),

@@ -240,7 +240,7 @@ def test_a_run_repeats_from_its_train_json(tmp_path):
 @pytest.mark.parametrize("lazy", [False, True])
 def test_folder_of_images(tmp_path, monkeypatch, lazy):
     if lazy:
-        monkeypatch.setattr("tarflow_fast.data.sets.load_folder.__defaults__", (3, 0))
+        monkeypatch.setattr("tarflow_fast.data.folder.load_folder.__defaults__", (3, 0))
     pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 16, 3))
     for i, picture in enumerate(pixels):
         write_image(tmp_path / "set" / "ab"[i % 2] / f"{i:02}.png", picture)

@@ -100,7 +100,7 @@ def test_command_on_a_flow_over_tokens(tmp_path, capsys):
         (["digits", "--seed", "-1"], "verify_flow: seed must be >= 0, got -1"),
         (["digits", "--jacobian_rows", "-1"], "verify_flow: jacobian_rows must be >= 0, got -1"),
         (["digits", "--data", "{0}/no.npy"], "load_tokens: path must be a file, got {0}/no.npy"),
-        (["digits", "--data", "{0}/no"], "load_folder: there is no folder {0}/no (and the only "),
+        (["digits", "--data", "{0}/no"], "load_dataset: there is no folder {0}/no (built in are "),
         (["digits", "--data", "{0}/broken.npz"], "load_tokens: {0}/broken.npz is not a whole file of numbers: "),
         (["digits", "--data", "{0}/words.npy"], "load_tokens: x must hold real numbers, got <U1"),
         (["digits", "--data", "{0}/labels.npz"], "load_tokens: y must hold 2 integers, one label a row, got "

@@ -54,9 +54,13 @@ class Evaluate:
     model: str = "digits"
     """digits (the shipped flow), a folder, or a checkpoint file."""
     dataset: str = "digits"
-    """digits, or a folder of images; of tokens a .npy file, or a .npz file with x (N, T, D) and, if any, labels y."""
+    """As for train; of tokens a .npy file, or a .npz file with x (N, T, D) and, if any, labels y."""
+    data_root: Path | None = None
+    """As for train."""
+    strict: bool = False
+    """As for train."""
     holdout: float = 0.0
-    """Measures on this share of the images only, the one that `train --holdout` keeps away from training."""
+    """Measures on this share only, the one that `train --holdout` keeps away; 0: on the set's own test part, or all."""
     unconditional: bool = False
     """Does not tell the flow the labels."""
     n_draws: int = 1
@@ -91,8 +95,12 @@ class Evaluate:
         )  # fmt: skip
         if not isinstance(model, TarFlow):
             return self._run_tokens(model)
-        whole = load_dataset(self.dataset, model.config["img_size"], model.config["in_channels"])
-        known, part = whole.split(self.holdout) if self.holdout else (whole, whole)
+        whole = load_dataset(
+            self.dataset, model.config["img_size"], model.config["in_channels"], data_root=self.data_root,
+            strict=self.strict,
+        )  # fmt: skip
+        own = not self.holdout and whole.held_out is not None
+        known, part = whole.split(self.holdout) if self.holdout or own else (whole, whole)
         bits = evaluate(
             model, part, conditional=not self.unconditional, n_draws=self.n_draws, seed=self.seed,
             batch_size=self.batch_size, progress=sys.stderr.isatty(),
@@ -100,8 +108,8 @@ class Evaluate:
         trained = record.get("config", {})
         if trained.get("dataset") == self.dataset and trained.get("holdout", 0.0) != self.holdout:
             print(f"note: the flow was trained with --holdout {trained.get('holdout', 0.0):g} of these images")
-        name = f"{self.dataset}, held out {self.holdout:g}" if self.holdout else f"{self.dataset}, all"
-        print(f"{name}: {len(part)} images, {part.levels} levels")
+        which = f"held out {self.holdout:g}" if self.holdout else "held out" if own else "all"
+        print(f"{self.dataset}, {which}: {len(part)} images, {part.levels} levels")
         print(f"bits/dim {bits.mean:.4f} +- {bits.standard_error:.4f} (standard error over images)")
         if not isinstance(whole.images, ImageFiles):
             print(f"a histogram a pixel: {histogram_bits(known, part):.4f}")

@@ -17,11 +17,22 @@ DIGITS: dict[str, Any] = dict(
     drop_label=0.1, batch_size=64, epochs=60.0, lr=2e-3, schedule="onecycle", warmup=0.2, ema=0.998,
     log_every=20, checkpoint_every=400, sample_every=400,
 )  # fmt: skip
+FASHION: dict[str, Any] = dict(
+    img_size=28, in_channels=1, patch_size=4, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.1,
+    drop_label=0.1, batch_size=128, epochs=10.0, lr=1e-3, schedule="onecycle", warmup=0.1, ema=0.998,
+    log_every=20, checkpoint_every=500, sample_every=500,
+)  # fmt: skip
+PHOTOGRAPHS: dict[str, Any] = dict(
+    img_size=32, in_channels=3, patch_size=4, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.05,
+    drop_label=0.1, batch_size=64, epochs=40.0, lr=1e-3, schedule="onecycle", warmup=0.1, ema=0.998,
+    log_every=20, checkpoint_every=200, sample_every=200,
+)  # fmt: skip
 FOLDER: dict[str, Any] = dict(
     img_size=64, in_channels=3, patch_size=4, channels=512, num_blocks=4, layers_per_block=8, noise_std=0.05,
     drop_label=0.1, batch_size=256, epochs=100.0, lr=1e-4, schedule="cosine", warmup=0.01, ema=0.9999,
     log_every=50, checkpoint_every=1000, sample_every=1000,
 )  # fmt: skip
+DEFAULTS = {"digits": DIGITS, "fashion-mnist": FASHION, "photographs": PHOTOGRAPHS}
 
 COUNTS = (
     "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "batch_size", "accumulate", "log_every",
@@ -33,7 +44,7 @@ FIXED = (
     "noise_type", "noise_std", "drop_label", "flip", "batch_size", "seed",
 )  # fmt: skip
 # These say where and how a run is carried out; they are no part of what it computes.
-ELSEWHERE = ("out", "resume", "stop_at", "dry_run", "device", "progress", "config")
+ELSEWHERE = ("data_root", "strict", "out", "resume", "stop_at", "dry_run", "device", "progress", "config")
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,11 @@ class TrainConfig:
     """Trains a flow on images and saves it. Values left out depend on the data set."""
 
     dataset: str = "digits"
-    """digits, or a folder of images <class>/<file> (or just <file>, unlabeled)."""
+    """digits, fashion-mnist, photographs; or a folder <class>/<file> (or just <file>), an IDX, .npy or .npz file."""
+    data_root: Path | None = None
+    """Where fashion-mnist is looked for: this folder, else data/; its FashionMNIST/raw; Debian's folder."""
+    strict: bool = False
+    """An image file that cannot be read is an error; otherwise it is named, counted and left out."""
     out: Path | None = None
     """Folder of the run: model/ (the flow), checkpoint.safetensors, metrics.jsonl, samples/. Else runs/<data set>."""
     config: Path | None = None
@@ -123,7 +138,7 @@ class TrainConfig:
 
     def resolved(self) -> TrainConfig:
         """The same with every None filled from the data set's defaults. Raises ValueError for values that cannot be."""
-        defaults = DIGITS if self.dataset == "digits" else FOLDER
+        defaults = DEFAULTS.get(self.dataset, FOLDER)
         full = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         if full.out is None:
             full = replace(full, out=Path("runs") / Path(full.dataset).resolve().name)
@@ -250,6 +265,7 @@ def from_file(path: str | Path) -> TrainConfig:
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
-    if isinstance(values.get("out"), str):
-        values["out"] = Path(values["out"])
+    for name in ("out", "data_root"):
+        if isinstance(values.get(name), str):
+            values[name] = Path(values[name])
     return replace(TrainConfig(), **values)

@@ -52,7 +52,9 @@ class Trainer:
                 f"train: batch_size must be a multiple of processes * accumulate = {me.world} * {config.accumulate}, "
                 f"got {config.batch_size}"
             )
-        whole = data.load_dataset(config.dataset, config.img_size, config.in_channels)
+        whole = data.load_dataset(
+            config.dataset, config.img_size, config.in_channels, data_root=config.data_root, strict=config.strict
+        )
         self.data, _ = whole.split(config.holdout)
         if len(self.data) == 0:
             raise ValueError(f"train: holdout {config.holdout} leaves none of {len(whole)} images to train on")
