@@ -19,7 +19,7 @@ ALONE = Workers(0, 1, torch.device("cpu"))
 ROOT = Path(tarflow_fast.__file__).parents[1]
 TINY = dict(
     patch_size=4, channels=64, num_blocks=2, layers_per_block=1, batch_size=32, epochs=1.0, log_every=1,
-    checkpoint_every=0, sample_every=0, device="cpu",
+    checkpoint_every=0, sample_every=0, curve=False, device="cpu",
 )  # fmt: skip
 
 

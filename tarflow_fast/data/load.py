@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ def load_fashion_mnist(data_root: str | Path | None = None) -> ImageSet:
     places = (root, root / "FashionMNIST" / "raw", DEBIAN)
     for place in places:
         if find_idx(place, "train-images-idx3-ubyte"):
-            return load_idx_folder(place, FASHION_CLASSES)
+            return replace(load_idx_folder(place, FASHION_CLASSES), source="fashion-mnist")
     raise FileNotFoundError(
         f"load_fashion_mnist: there is no train-images-idx3-ubyte, gzipped or not, in {', '.join(map(str, places))}. "
         "Get it with `apt install dataset-fashion-mnist` (Debian, Ubuntu), or with "

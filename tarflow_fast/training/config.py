@@ -15,24 +15,25 @@ from tyro.conf import arg
 DIGITS: dict[str, Any] = dict(
     img_size=8, in_channels=1, patch_size=2, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.1,
     drop_label=0.1, batch_size=64, epochs=60.0, lr=2e-3, schedule="onecycle", warmup=0.2, ema=0.998,
-    log_every=20, checkpoint_every=400, sample_every=400,
+    log_every=20, checkpoint_every=400, sample_every=400, eval_every=400,
 )  # fmt: skip
 FASHION: dict[str, Any] = dict(
     img_size=28, in_channels=1, patch_size=4, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.1,
     drop_label=0.1, batch_size=128, epochs=10.0, lr=1e-3, schedule="onecycle", warmup=0.1, ema=0.998,
-    log_every=20, checkpoint_every=500, sample_every=500,
+    log_every=20, checkpoint_every=500, sample_every=500, eval_every=500,
 )  # fmt: skip
 PHOTOGRAPHS: dict[str, Any] = dict(
     img_size=32, in_channels=3, patch_size=4, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.05,
     drop_label=0.1, batch_size=64, epochs=40.0, lr=1e-3, schedule="onecycle", warmup=0.1, ema=0.998,
-    log_every=20, checkpoint_every=200, sample_every=200,
+    log_every=20, checkpoint_every=200, sample_every=200, eval_every=200,
 )  # fmt: skip
 FOLDER: dict[str, Any] = dict(
     img_size=64, in_channels=3, patch_size=4, channels=512, num_blocks=4, layers_per_block=8, noise_std=0.05,
     drop_label=0.1, batch_size=256, epochs=100.0, lr=1e-4, schedule="cosine", warmup=0.01, ema=0.9999,
-    log_every=50, checkpoint_every=1000, sample_every=1000,
+    log_every=50, checkpoint_every=1000, sample_every=1000, eval_every=1000,
 )  # fmt: skip
 DEFAULTS = {"digits": DIGITS, "fashion-mnist": FASHION, "photographs": PHOTOGRAPHS}
+GIVEN = "given"  # the name of a data set that a caller passed in
 
 COUNTS = (
     "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "batch_size", "accumulate", "log_every",
@@ -44,7 +45,7 @@ FIXED = (
     "noise_type", "noise_std", "drop_label", "flip", "batch_size", "seed",
 )  # fmt: skip
 # These say where and how a run is carried out; they are no part of what it computes.
-ELSEWHERE = ("data_root", "strict", "out", "resume", "stop_at", "dry_run", "device", "progress", "config")
+ELSEWHERE = ("data_root", "strict", "curve", "out", "resume", "stop_at", "dry_run", "device", "progress", "config")
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,12 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     sample_every: int | None = None
     """Steps between grids of samples; 0: only at the end."""
+    eval_every: int | None = None
+    """Steps between measurements on held-out images (bits/dim; best/ keeps the best flow); 0: none are made."""
+    eval_images: int = 1000
+    """Measures on at most this many held-out images; 0: on all of them."""
+    curve: bool = True
+    """Draws curve.png (loss, bits/dim) with the samples, where matplotlib is installed."""
     sample_guidance: Annotated[float, arg(aliases=["--cfg"])] = 1.0
     """Guidance of those samples, where the data has classes."""
     device: str = "auto"
@@ -136,16 +143,29 @@ class TrainConfig:
     dry_run: bool = False
     """Reads the data, takes one step, samples, and writes nothing."""
 
-    def resolved(self) -> TrainConfig:
-        """The same with every None filled from the data set's defaults. Raises ValueError for values that cannot be."""
+    def sized(self, shape: tuple[int, int, int]) -> TrainConfig:
+        """The same for images of shape (channels, height, width). Raises ValueError where it asks for another."""
+        channels, height, width = shape
+        size = height if height == width else (height, width)
+        for name, ours in (("in_channels", channels), ("img_size", size)):
+            asked = getattr(self, name)
+            if asked not in (None, ours) and asked != (height, width):
+                raise ValueError(f"train: {name} must be {ours}, as the images are, got {asked}")
+        return replace(self, in_channels=channels, img_size=self.img_size or size)
+
+    def resolved(self, unsized: bool = False) -> TrainConfig:
+        """The same with every None filled from the data set's defaults. Raises ValueError for values that cannot be.
+
+        unsized: the size of the images is not known yet, and patch_size is not held against it.
+        """
         defaults = DEFAULTS.get(self.dataset, FOLDER)
         full = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         if full.out is None:
             full = replace(full, out=Path("runs") / Path(full.dataset).resolve().name)
-        full._check()
+        full._check(unsized and self.img_size is None)
         return full
 
-    def _check(self) -> None:
+    def _check(self, unsized: bool) -> None:
         def need(name: str, ok: bool, expected: str) -> None:
             if not ok:
                 raise ValueError(f"train: {name} must be {expected}, got {getattr(self, name)}")
@@ -154,7 +174,7 @@ class TrainConfig:
             need(name, _fits(getattr(self, name), kind), _words(kind))
         for name in COUNTS:
             need(name, getattr(self, name) >= 1, "an int of at least 1")
-        for name in ("checkpoint_every", "sample_every", "seed"):
+        for name in ("checkpoint_every", "sample_every", "eval_every", "eval_images", "seed"):
             need(name, getattr(self, name) >= 0, "at least 0")
         for name in ("epochs", "lr"):
             need(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "positive and finite")
@@ -165,7 +185,8 @@ class TrainConfig:
         for name in ("holdout", "ema"):
             need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         need("img_size", all(side >= 1 for side in self.sides), "a positive int or two of them")
-        need("patch_size", all(side % self.patch_size == 0 for side in self.sides), f"a divisor of {self.img_size}")
+        fits = unsized or all(side % self.patch_size == 0 for side in self.sides)
+        need("patch_size", fits, f"a divisor of {self.img_size}")
         need("channels", self.channels % 64 == 0, "a multiple of 64")
         need("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         need("stop_at", self.stop_at is None or self.stop_at >= 1, "at least 1")
@@ -190,8 +211,10 @@ class TrainConfig:
         t = (step - rise) / max(total - 1 - rise, 1)
         return self.lr_final + (self.lr - self.lr_final) * (1 + math.cos(math.pi * t)) / 2
 
-    def command(self) -> str:
-        """The command line that repeats this run: what differs from the defaults."""
+    def command(self) -> str | None:
+        """The command line that repeats this run: what differs from the defaults. None where images were passed in."""
+        if self.dataset == GIVEN:
+            return None
         given, default = self.to_json(), TrainConfig(dataset=self.dataset).resolved().to_json()
         parts = [f"tarflow-fast train --dataset {shlex.quote(self.dataset)}"]
         for name, value in given.items():

@@ -1,4 +1,4 @@
-"""Training: real images in, a flow in a folder out. `tarflow-fast train`, or `train(TrainConfig(...))`.
+"""Training: images in, a flow in a folder out. `tarflow-fast train`, `train(TrainConfig(...))`, or `fit(model, data)`.
 
 The loss is 0.5 mean(z^2) - mean(log_det) over noisy images (arXiv 2412.06329: Gaussian noise for samples, uniform noise
 for likelihood), AdamW, averaged weights; data order and noise are functions of (seed, step): see trainer.py.
@@ -6,24 +6,25 @@ for likelihood), AdamW, averaged weights; data order and noise are functions of 
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
-import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tarflow_fast.files import write_atomic
-from tarflow_fast.training.config import TrainConfig
-from tarflow_fast.training.parallel import workers
+from tarflow_fast import data, native
+from tarflow_fast.data import ImageSet
+from tarflow_fast.model import TarFlow
+from tarflow_fast.training.config import DEFAULTS, GIVEN, TrainConfig
+from tarflow_fast.training.fitting import fit_config, fit_images
+from tarflow_fast.training.parallel import Workers, workers
+from tarflow_fast.training.report import Report, draw_curve
 from tarflow_fast.training.trainer import CHECKPOINT, Trainer
 
 log = logging.getLogger("tarflow_fast")
@@ -31,36 +32,74 @@ log = logging.getLogger("tarflow_fast")
 
 @dataclass(frozen=True)
 class Run:
-    """What a call of `train` did. model: the flow's folder.  steps of total are done now."""
+    """What a call of `train` or `fit` did.
 
-    model: Path
+    model: the flow's folder (None where nothing was written).  steps of total are done now.  result: the last numbers:
+    loss, images_per_second, and bits_per_dim and heldout_bits_per_dim where they were measured.
+    """
+
+    model: Path | None
     steps: int
     total: int
+    result: dict[str, float]
 
 
-def train(config: TrainConfig) -> Run:
+def train(config: TrainConfig, images: ImageSet | None = None) -> Run:
     """Trains as config says; `TarFlow.from_pretrained(run.model)` then reads the flow.
 
+    images: the data, instead of those that config.dataset names.
     Writes, in config.out: model/ (config.json, model.safetensors, train.json), checkpoint.safetensors, metrics.jsonl (a
-    line every log_every steps), samples/. Ctrl-C and SIGTERM finish the step, save, and return.
+    line every log_every steps), samples/, curve.png, and where there are held-out images best/ (the flow that knows
+    them best). Ctrl-C and SIGTERM finish the step, save, and return.
     Raises ValueError for settings or data that cannot be, FloatingPointError for a loss that is not finite.
     """
-    config = config.resolved()
+    if images is not None:
+        config = replace(config, dataset=GIVEN)
+    elif config.dataset not in DEFAULTS and data.has_own_size(config.dataset):
+        config.resolved(unsized=True)  # settings that cannot be are told before the data is read
+        images = data.load_dataset(config.dataset, config.img_size, config.in_channels)
+    if images is not None:
+        config = config.sized(images.shape)
+    return _run(config.resolved(), images, None, True)
+
+
+def fit(
+    model: TarFlow, images: object, *, held_out: object = None, out: str | Path | None = None, **settings: Any
+) -> Run:
+    """Trains a flow on images, with the trainer of `tarflow-fast train`; afterwards it holds the averaged weights.
+
+    model: a float32 TarFlow, trained where it is.
+    images, held_out: see `tarflow_fast.data.as_images`: a tensor, a tuple (images, labels), any torch `Dataset`.
+        Labels must be below model.num_classes; a flow without classes is told none.
+    out: folder of the run, as `train` writes it, from which the same call continues; None: nothing is written.
+    settings: fields of `TrainConfig` other than those that the model fixes: epochs, batch_size, lr, noise_std, ...
+    Raises TypeError for an unknown setting or another kind of data, ValueError as `train`, and for images or labels
+    that do not fit the model.
+    """
+    pictures = fit_images(model, images, held_out)
+    config = fit_config(model, out, settings)
+    return _run(config, pictures, model, out is not None)
+
+
+def _run(config: TrainConfig, images: ImageSet | None, model: TarFlow | None, writes: bool) -> Run:
     with ExitStack() as contexts:
         me = contexts.enter_context(workers(config.device))
         contexts.enter_context(torch.random.fork_rng(devices=[me.device] if me.device.type == "cuda" else []))
         torch.manual_seed(config.seed)
-        trainer = Trainer(config, me)
+        trainer = Trainer(config, me, images, model, writes)
         trainer.resume()
-        if me.main and not config.dry_run:
+        if trainer.writes:
             for leftover in config.out.glob(f".{CHECKPOINT}.*"):  # of a process killed while it wrote
                 leftover.unlink()
         caught = contexts.enter_context(stop_signals())
         try:
-            _loop(trainer, caught)
+            result = _loop(trainer, caught)
         finally:
             trainer.net = trainer.model  # lets go of DDP, and of the process group with it
-        return Run(config.out / "model", trainer.steps_done, trainer.total)
+        if model is not None:
+            trainer.optimizer.zero_grad()
+            model.load_state_dict(trainer.ema.model.state_dict())
+        return Run(config.out / "model" if writes else None, trainer.steps_done, trainer.total, result)
 
 
 @contextmanager
@@ -87,14 +126,17 @@ def stop_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def _loop(trainer: Trainer, caught: list[str]) -> None:
+def _loop(trainer: Trainer, caught: list[str]) -> dict[str, float]:
     config, me = trainer.config, trainer.me
     first = trainer.steps_done
     last = min(trainer.total, config.stop_at or trainer.total, first + 1 if config.dry_run else trainer.total)
     if me.main:
-        size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        images, classes = len(trainer.data), len(trainer.data.classes)
-        log.info("%d images, %d classes; %.2f M parameters; %d x %s", images, classes, size, me.world, me.device)
+        log.info("%s", _plan(trainer, last - first))
+        if config.precision == "bf16" and slow_bf16(me):
+            log.warning(
+                "train: bf16 is slow here: this CPU (%s) has no bf16 dot products, and autocast was measured 10 times "
+                "slower than float32 on such CPUs; --precision fp32 is faster", native.isa() or "no native library",
+            )  # fmt: skip
     result: dict[str, float] = {}
     stopping = False
     with Report(trainer, first, last) as report:
@@ -102,97 +144,71 @@ def _loop(trainer: Trainer, caught: list[str]) -> None:
             line, stopping = trainer.step(step, images, labels, stop=bool(caught))
             stopping = stopping or (me.world == 1 and bool(caught))
             done = step + 1
-            result = report.step(line, force=stopping or done == last)
-            if stopping or done == last:
+            over = stopping or done == last
+            measured = trainer.measures and (done == last or done % config.eval_every == 0) and not stopping
+            held_out = _timed(report, trainer.evaluate) if measured else None
+            result = report.step(line, force=over or measured, held_out=held_out)
+            if held_out is not None:
+                trainer.keep_best(held_out, result)
+            if over:
                 break
             if config.checkpoint_every and done % config.checkpoint_every == 0:
-                trainer.save(result)
+                _timed(report, lambda result=result: trainer.save(result))
             if config.sample_every and done % config.sample_every == 0 and not config.dry_run:
-                trainer.samples(_picture(trainer))
+                _timed(report, lambda: _pictures(trainer))
     if last > first or not (config.out / "model" / "train.json").exists():
         trainer.save(result)
     early = trainer.steps_done < last
-    if not early:
-        trainer.samples(None if config.dry_run else _picture(trainer))
+    if not early and config.dry_run:
+        trainer.samples(None)
+    elif not early and not _pictures(trainer):
+        log.info("curve.png needs matplotlib: pip install 'tarflow-fast[report]'")
     if not me.main:
-        return
+        return result
     where = f"step {trainer.steps_done} of {trainer.total}"
     if config.dry_run:
         log.info("dry run: %s and a grid of samples went through; nothing was written", where)
     elif early:
-        log.info("%s: stopped by %s and saved; the same command continues", where, (*caught, "another process")[0])
-    else:
+        log.info("%s: stopped by %s%s", where, (*caught, "another process")[0], _goes_on(trainer))
+    elif trainer.writes:
         log.info("%s: the flow is in %s", where, config.out / "model")
+    return result
 
 
-def _picture(trainer: Trainer) -> Path:
-    return trainer.config.out / "samples" / f"step_{trainer.steps_done:07d}.png"
+def _plan(trainer: Trainer, steps: int) -> str:
+    """What will run, in one line."""
+    config, me, images = trainer.config, trainer.me, trainer.data
+    channels, height, width = images.shape
+    kept = f" ({len(trainer.held_out)} held out)" if len(trainer.held_out) else ""
+    size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    return (
+        f"{images.source}: {len(images)} images{kept}, {height} x {width} x {channels}, {len(images.classes)} classes; "
+        f"{size:.2f} M parameters, {trainer.model.num_tokens} tokens; "
+        f"{steps} steps of {config.batch_size} images, {config.precision}, on {me.world} x {me.device}"
+    )
 
 
-class Report:
-    """Where the numbers of a run go: metrics.jsonl, and a progress bar (or log lines where there is no terminal).
-
-    Only the main process reports. On resuming, lines after the checkpoint's step belong to work that was lost, and go.
-    """
-
-    def __init__(self, trainer: Trainer, first: int, last: int) -> None:
-        config, self.main = trainer.config, trainer.me.main
-        self.every, self.batch_size, self.total = config.log_every, config.batch_size, trainer.total
-        self.losses: list[float] = []
-        self.speeds: list[float] = []
-        self.since = time.perf_counter()
-        self.path = config.out / "metrics.jsonl" if self.main and not config.dry_run else None
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = "".join(f"{text}\n" for text in _lines_until(self.path, first))
-            write_atomic(self.path, lambda temporary: temporary.write_text(kept))
-        self.bar: Any = None
-        if self.main and config.progress and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=last, initial=first, unit="it", desc="train", dynamic_ncols=True)
-
-    def __enter__(self) -> Report:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def step(self, line: dict[str, float], force: bool) -> dict[str, float]:
-        """Takes a step's numbers in. Returns what train.json keeps: mean loss since the last line, median images/s."""
-        self.losses.append(line["loss"])
-        mean_loss = statistics.fmean(self.losses)
-        if force or line["step"] % self.every == 0:
-            now = time.perf_counter()
-            speed = len(self.losses) * self.batch_size / (now - self.since)
-            self.speeds.append(speed)
-            self.losses, self.since = [], now
-            line = line | {"mean_loss": mean_loss, "images_per_second": speed}
-            if self.path:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-            if self.bar is not None:
-                self.bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:.0f} images/s")
-            elif self.main:
-                log.info("step %d/%d  loss %.4f  %.0f images/s", line["step"], self.total, mean_loss, speed)
-        if self.bar is not None:
-            self.bar.update()
-        result = {"loss": mean_loss}
-        if self.speeds:
-            result["images_per_second"] = round(statistics.median(self.speeds), 1)
-        if "bits_per_dim" in line:
-            result["bits_per_dim"] = line["bits_per_dim"]
-        return result
+def _goes_on(trainer: Trainer) -> str:
+    return " and saved; the same command continues" if trainer.writes else ""
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines of a metrics file up to a step. A line cut short by a crash is dropped."""
-    kept = []
-    for text in path.read_text().splitlines() if step and path.exists() else []:
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return kept
+def _timed(report: Report, work: Any) -> Any:
+    """The result of work, which no speed counts as training."""
+    start = time.perf_counter()
+    result = work()
+    report.pause(time.perf_counter() - start)
+    return result
+
+
+def _pictures(trainer: Trainer) -> bool:
+    """samples/ and curve.png, where the run writes. False where matplotlib is missing for the second."""
+    config = trainer.config
+    if not trainer.writes:
+        return True
+    trainer.samples(config.out / "samples" / f"step_{trainer.steps_done:07d}.png")
+    return not config.curve or draw_curve(config.out)
+
+
+def slow_bf16(me: Workers) -> bool:
+    """Whether bf16 runs on a CPU without bf16 dot products."""
+    return me.device.type == "cpu" and native.isa() != "avx512bf16"

@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from tarflow_fast import data
+from tarflow_fast.data import ImageSet
 from tarflow_fast.data.images import make_grid, save_image, side_by_side
+from tarflow_fast.evaluate import evaluate
 from tarflow_fast.files import write_atomic
 from tarflow_fast.model import TarFlow
 from tarflow_fast.training.config import TrainConfig
@@ -42,29 +44,42 @@ def nll_per_dim(z: torch.Tensor, logdets: torch.Tensor, var: torch.Tensor) -> to
 
 
 class Trainer:
-    """Model, averaged model, optimizer and data of one process. config must be resolved."""
+    """Model, averaged model, optimizer and data of one process. config must be resolved.
 
-    def __init__(self, config: TrainConfig, me: Workers) -> None:
+    images: the data, instead of those that config names.  model: trained instead of a fresh one.  writes: whether the
+    run's folder is written; a dry run and processes other than the main one never do.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        me: Workers,
+        images: ImageSet | None = None,
+        model: TarFlow | None = None,
+        writes: bool = True,
+    ) -> None:
         self.config, self.me = config, me
+        self.writes = writes and me.main and not config.dry_run
         share = me.world * config.accumulate
         if config.batch_size % share:
             raise ValueError(
                 f"train: batch_size must be a multiple of processes * accumulate = {me.world} * {config.accumulate}, "
                 f"got {config.batch_size}"
             )
-        whole = data.load_dataset(
-            config.dataset, config.img_size, config.in_channels, data_root=config.data_root, strict=config.strict
-        )
-        self.data, _ = whole.split(config.holdout)
+        if images is None:
+            images = data.load_dataset(
+                config.dataset, config.img_size, config.in_channels, data_root=config.data_root, strict=config.strict
+            )
+        self.data, self.held_out = images.split(config.holdout)
         if len(self.data) == 0:
-            raise ValueError(f"train: holdout {config.holdout} leaves none of {len(whole)} images to train on")
+            raise ValueError(f"train: holdout {config.holdout} leaves none of {len(images)} images to train on")
         self.total = math.ceil(config.epochs * len(self.data) / config.batch_size)
-        arguments = dict(
+        arguments = model.config if model is not None else dict(
             in_channels=config.in_channels, img_size=config.img_size, patch_size=config.patch_size,
             channels=config.channels, num_blocks=config.num_blocks, layers_per_block=config.layers_per_block,
             nvp=config.nvp, num_classes=len(self.data.classes),
         )  # fmt: skip
-        self.model = TarFlow(**arguments).to(me.device)
+        self.model = (TarFlow(**arguments) if model is None else model).to(me.device)
         averaged = TarFlow(**arguments).to(me.device)
         averaged.load_state_dict(self.model.state_dict())
         self.ema = Ema(averaged, config.ema)
@@ -75,6 +90,8 @@ class Trainer:
         if me.world > 1:
             self.net = nn.parallel.DistributedDataParallel(self.model)
         self.steps_done = 0
+        self.best: float | None = None
+        self.resumed = False
 
     def read(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This process's share of a step's global batch: ((b, C, H, W) uint8, (b,) int64 or None), on the CPU."""
@@ -189,7 +206,7 @@ class Trainer:
                 "--resume none starts afresh, another --out keeps both"
             )
         load_state(tensors, path, self.model, self.ema, self.optimizer)
-        self.steps_done = step
+        self.steps_done, self.resumed = step, True
         if self.me.main and step < self.total:
             log.info("continuing at step %d of %d from %s", step, self.total, path)
         elif self.me.main:
@@ -197,17 +214,21 @@ class Trainer:
 
     def save(self, result: dict[str, Any]) -> None:
         """Writes the checkpoint, then the averaged model with train.json beside it. Only the main process does."""
-        if not self.me.main or self.config.dry_run:
+        if not self.writes:
             return
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
         save_state(out / CHECKPOINT, self.model, self.ema, self.optimizer, self.steps_done, self.config.to_json())
+        self._save_flow(out / "model", result)
+
+    def _save_flow(self, folder: Path, result: dict[str, Any]) -> None:
+        """Writes the averaged model, and train.json beside it."""
         kept = self.ema.model
         if self.config.save_dtype != "float32":
             kept = TarFlow(**kept.config)
             kept.load_state_dict(self.ema.model.state_dict())
             kept.to(getattr(torch, self.config.save_dtype))
-        kept.save_pretrained(out / "model")
+        kept.save_pretrained(folder)
         record = {
             "command": self.config.command(),
             "config": self.config.to_json(),
@@ -221,7 +242,36 @@ class Trainer:
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         }
         text = json.dumps(record, indent=2) + "\n"
-        write_atomic(out / "model" / "train.json", lambda temporary: temporary.write_text(text))
+        write_atomic(folder / "train.json", lambda temporary: temporary.write_text(text))
+
+    @property
+    def measures(self) -> bool:
+        """Whether this run measures bits per dimension on held-out images."""
+        return bool(self.config.eval_every) and len(self.held_out) > 0 and not self.config.dry_run
+
+    def evaluate(self) -> float:
+        """Bits per dimension of the averaged model on held-out images, at most eval_images of them, always the same.
+
+        The main process measures, and the others wait for it in the next step.
+        """
+        if not self.me.main:
+            return math.nan
+        most = self.config.eval_images or len(self.held_out)
+        chosen = torch.randperm(len(self.held_out), generator=data.generator(0, "eval"))[:most]
+        part = self.held_out.subset(chosen.sort().values)
+        return evaluate(self.ema.model, part, batch_size=min(self.config.batch_size, 256)).mean
+
+    def keep_best(self, held_out: float, result: dict[str, Any]) -> None:
+        """Saves the averaged model in best/ if no earlier step of this run knew the held-out images better."""
+        if not self.writes:
+            return
+        record = self.config.out / "best" / "train.json"
+        if self.best is None:
+            resumed = self.steps_done > 1 and self.resumed and record.is_file()
+            self.best = json.loads(record.read_text())["result"]["heldout_bits_per_dim"] if resumed else math.inf
+        if held_out < self.best:
+            self.best = held_out
+            self._save_flow(record.parent, result)
 
     def samples(self, path: Path | None) -> None:
         """Draws samples of the averaged model, a row a class, raw and denoised side by side; path None draws only."""
