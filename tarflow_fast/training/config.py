@@ -53,13 +53,15 @@ class TrainConfig:
     """Trains a flow on images and saves it. Values left out depend on the data set."""
 
     dataset: str = "digits"
-    """digits, fashion-mnist, photographs; or a folder <class>/<file> (or just <file>), an IDX, .npy or .npz file."""
+    """digits, fashion-mnist, photographs; or a folder <class>/<file> (or just <file>, unlabeled), of MNIST's files, or
+    of Hugging Face's save_to_disk; or an IDX, .npy or .npz file."""
     data_root: Path | None = None
     """Where fashion-mnist is looked for: this folder, else data/; its FashionMNIST/raw; Debian's folder."""
     strict: bool = False
     """An image file that cannot be read is an error; otherwise it is named, counted and left out."""
     out: Path | None = None
-    """Folder of the run: model/ (the flow), checkpoint.safetensors, metrics.jsonl, samples/. Else runs/<data set>."""
+    """Folder of the run: model/ (the flow), best/, checkpoint.safetensors, metrics.jsonl, samples/, curve.png. Else
+    runs/<data set>."""
     config: Path | None = None
     """A .toml or .json file with values for these fields (a run's train.json serves); the command line wins."""
 
@@ -87,7 +89,8 @@ class TrainConfig:
     flip: bool = False
     """Mirrors half of the images left to right."""
     holdout: float = 0.0
-    """Share of the images kept away from training; `evaluate --holdout` with the same share measures on them."""
+    """Share of the images kept away from training; `evaluate --holdout` with the same share measures on them. 0: the
+    test part of the data set, where it has one."""
 
     batch_size: int | None = None
     """Images a step, over all processes."""
@@ -112,7 +115,7 @@ class TrainConfig:
     ema: float | None = None
     """Decay of the averaged weights, which are saved and sampled; ramped: min(ema, (1 + step) / (10 + step))."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast."""
+    """bf16: autocast; slow on CPUs without bf16 dot products."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the weights in model/."""
     seed: int = 0

@@ -148,6 +148,6 @@ def draw_curve(folder: Path) -> bool:
         for name, (label, color) in curves.items():
             points = [(line["step"], line[name]) for line in lines if name in line]
             right.plot(*zip(*points, strict=True), color=color, marker="." if len(points) < 50 else "", label=label)
-        right.legend(loc="upper right")
+        figure.legend(handles=[*left.lines, *right.lines], loc="outside upper center", ncols=3)
     write_atomic(folder / "curve.png", lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return True
