@@ -16,7 +16,7 @@ HERE = ROOT / "tests/native"
 COMPILER = shutil.which("g++")
 FLAGS = "-std=c++17 -O1 -g -fopenmp -ffp-contract=off -fno-exceptions -fno-rtti".split()
 THREADS, MEMORY = ["-fsanitize=thread"], ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-CASES = 108  # of tests/native/engine.cpp, each instruction set
+CASES = 108 + 12  # of tests/native/engine.cpp and made.cpp, each instruction set
 
 
 def run(command, **variables):
@@ -30,9 +30,9 @@ def links(folder, sanitizer):
 
 
 def compile_program(folder, sanitizer, isas, csrc=ROOT / "csrc"):
-    """The engine's sources, once for each of {instruction set: flags}, and tests/native/engine.cpp over them."""
+    """The engine's sources, once for each of {instruction set: flags}, and the programs of tests/native over them."""
     common = csrc / "cpu/dispatch.cpp"
-    units = [(common, [f"-DTF_HAVE_{isa}" for isa in isas]), (HERE / "engine.cpp", [])]
+    units = [(common, [f"-DTF_HAVE_{isa}" for isa in isas]), (HERE / "engine.cpp", []), (HERE / "made.cpp", [])]
     link = ["-fopenmp"]
     if sanitizer == THREADS:
         units.append((HERE / "gomp.cpp", []))

@@ -174,7 +174,7 @@ class Plan:
         return x, log_det
 
     def _packed(self, made: Made, keep: bool) -> Tensor:
-        seen = [(id(each), each.data_ptr(), each._version) for each in (*made.parameters, *made.statistics)]
+        seen = [_glance(each) for each in (*made.parameters, *made.statistics)] if keep else []
         if keep and self._kept is not None:
             if self._kept[0] != seen:
                 raise RuntimeError("made: the weights were changed after freeze(); call freeze() again, or unfreeze()")
@@ -189,6 +189,11 @@ class Plan:
         if keep:
             self._kept = seen, packed
         return packed
+
+
+def _glance(tensor: Tensor) -> tuple[int, int, int | None]:
+    """What changes when a tensor is replaced, moved or written."""
+    return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 def _link(c: _Layer, layer: Layer) -> list[Tensor]:

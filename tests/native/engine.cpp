@@ -17,6 +17,8 @@
         }                                                  \
     } while (0)
 
+int check_made();  // made.cpp
+
 namespace {
 
 uint32_t state = 1;
@@ -120,6 +122,9 @@ int main(int count, char** isas) {
         const int status = tf_select_isa(isas[k]);
         if (status == TF_ISA_UNSUPPORTED) continue;
         CHECK(status == TF_OK);
+        const int made = check_made();
+        CHECK(made > 0);
+        cases += made;
         for (int precision = 0; precision < 3; ++precision)
             for (tf_block block : {tf_block{5, 5, 128, 2, 64, 512, 3, 1, 0}, tf_block{4, 3, 96, 1, 32, 100, 0, 0, 0}}) {
                 block.precision = precision;
