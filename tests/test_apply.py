@@ -13,7 +13,7 @@ from tarflow_fast import ReferenceTarFlow, TarFlow, TokenFlow, apply_to, native
 from tarflow_fast.reference import MetaBlock
 
 # Whatever leaves a call to the model's own code warns, and a warning not asked for is an error here.
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 CONFIG = dict(in_channels=1, img_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=2, num_classes=3)
 
@@ -209,7 +209,7 @@ def test_gradients_of_tokens_are_those_of_the_models_own_code():
     assert not model.reverse(z.detach())[0].requires_grad
 
 
-def test_arguments_nobody_knows_go_to_the_models_own_code(untold):
+def test_arguments_nobody_knows_go_to_the_models_own_code(fresh_warnings):
     model = apply_to(strangers.tokens())
     z, mask = noise(model), (torch.arange(7) < 5).float().expand(24, 7)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from tarflow_fast import ReferenceTarFlow, TarFlow, apply_to, remove_from
 
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def close(model, z, y=None):

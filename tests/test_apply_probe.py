@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tarflow_fast import apply_to
 
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 class ClippedBlock(strangers.MetaBlock):

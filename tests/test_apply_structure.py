@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from tarflow_fast import ReferenceTarFlow, apply_to
 
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def refused(model, message):

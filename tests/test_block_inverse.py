@@ -232,7 +232,7 @@ STRANGERS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", STRANGERS)
-def test_the_engine_steps_aside_and_says_why(name, untold):
+def test_the_engine_steps_aside_and_says_why(name, fresh_warnings):
     change, reason = STRANGERS[name]
     block = replaced(change)
     assert refusal(block).startswith(reason)

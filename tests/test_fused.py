@@ -214,7 +214,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("reason", CHANGES)
-def test_a_changed_layer_is_left_to_its_modules(reason, untold):
+def test_a_changed_layer_is_left_to_its_modules(reason, fresh_warnings):
     model = random_flow(**CONFIG)
     layer, other = model.blocks[0].attn_blocks[0], model.blocks[1].attn_blocks[0]
     assert why_not_fused(layer) == ""
@@ -234,7 +234,7 @@ def test_hooks_on_every_module_are_honoured():
 
 
 @pytest.mark.interpreter
-def test_changed_layers_change_the_model(model, calls, untold):
+def test_changed_layers_change_the_model(model, calls, fresh_warnings):
     """One layer with an adapter and one without: both count, each in its own way."""
     layer, x = model.blocks[1].attn_blocks[0], images_for(model)
     layer.attention.qkv = Adapter(layer.attention.qkv).to(x.device)
@@ -245,7 +245,7 @@ def test_changed_layers_change_the_model(model, calls, untold):
     torch.testing.assert_close(z, model(x)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_changed_layer_is_compiled_without_a_graph_break(untold):
+def test_a_changed_layer_is_compiled_without_a_graph_break(fresh_warnings):
     layer, h = random_flow(**CONFIG).blocks[0].attn_blocks[0], torch.randn(2, 10, 64)
     layer.attention.qkv = Adapter(layer.attention.qkv)
     expected = layer(h)

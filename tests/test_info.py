@@ -87,7 +87,7 @@ REASONS = ["", "attn_blocks.0.attention.qkv is a Adapter", "proj_in has hooks"]
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
-def test_blocks_left_to_pytorch_are_listed_with_the_reason(untold, monkeypatch):
+def test_blocks_left_to_pytorch_are_listed_with_the_reason(fresh_warnings, monkeypatch):
     model = adapted()
     rows = json.loads(json.dumps(info.blocks(model)))
     assert [row["block"] for row in rows] == [0, 1, 2]
@@ -114,7 +114,7 @@ def test_blocks_left_to_pytorch_are_listed_with_the_reason(untold, monkeypatch):
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
-def test_a_block_left_to_pytorch_is_told_once(untold, recwarn):
+def test_a_block_left_to_pytorch_is_told_once(fresh_warnings, recwarn):
     model = adapted()
     for _ in range(2):
         model.reverse(random_noise(model))
@@ -134,7 +134,7 @@ def test_a_block_left_to_pytorch_is_told_once(untold, recwarn):
         model.reverse(random_noise(model))
 
 
-def test_info_of_a_flow_on_the_command_line(untold, capsys):
+def test_info_of_a_flow_on_the_command_line(fresh_warnings, capsys):
     assert main(["info", "digits"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("tarflow_fast ") and "Blocks of the flow (cpu, float32)" in text

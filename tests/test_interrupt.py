@@ -41,7 +41,7 @@ def answers(model):
     return [model(random_images(model), Y)[0], model.reverse(random_noise(model), Y, 1.0)]
 
 
-def test_an_exception_inside_reverse_leaves_nothing_behind(untold):
+def test_an_exception_inside_reverse_leaves_nothing_behind(fresh_warnings):
     model = random_flow(**CONFIG)
     before, noise = answers(model), random_noise(model)
     calls = []

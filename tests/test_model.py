@@ -300,7 +300,7 @@ def test_the_first_stage_is_not_the_noise_itself():
         ({"attn_temp": 0.5}, "attn_temp changes nothing without guidance"),
     ],
 )
-def test_what_changes_nothing_is_told(untold, arguments, message):
+def test_what_changes_nothing_is_told(fresh_warnings, arguments, message):
     model = random_flow(num_classes=3)
     noise = random_noise(model)
     with pytest.warns(RuntimeWarning, match=f"^reverse: {message}$"):
@@ -349,7 +349,7 @@ def test_the_default_dtype_of_the_process_changes_nothing():
     assert all(torch.equal(ours, right) for ours, right in zip(got, expected, strict=True))
 
 
-def test_a_weight_that_is_no_parameter_is_honoured(untold):
+def test_a_weight_that_is_no_parameter_is_honoured(fresh_warnings):
     model = random_flow(**CONFIG)
     noise, expected = random_noise(model), model.reverse(random_noise(model))
     layer = model.blocks[0].proj_in

@@ -154,7 +154,7 @@ def test_every_declared_function_exists_and_every_exported_one_is_declared():
 
 
 @pytest.fixture
-def no_library(monkeypatch, untold):
+def no_library(monkeypatch, fresh_warnings):
     monkeypatch.setattr(native, "_load", lambda: native.NativeUnavailable("the native CPU library is missing: a test"))
 
 

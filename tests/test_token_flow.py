@@ -181,7 +181,7 @@ def test_density_within_a_memory_limit():
 
 
 @needs_native
-def test_density_steps_aside_where_modules_must_run(untold):
+def test_density_steps_aside_where_modules_must_run(fresh_warnings):
     flow, x = flow_in_orders(), draw_rows(4, T, D)
     flow.blocks[1].proj_out.register_forward_hook(lambda module, inputs, output: 0 * output)
     changed = by_modules(flow, x)
