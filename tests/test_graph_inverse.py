@@ -349,7 +349,7 @@ def test_one_graph_is_captured_and_replayed(triton_device, monkeypatch):
 @pytest.mark.interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the table is changed for CPU tensors")
 def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch, fresh_warnings):
-    """If triton was asked for by name, that raises. auto leaves the block to PyTorch, and warns."""
+    """If triton was asked for by name, the call raises. auto leaves the block to PyTorch, and warns."""
     from tarflow_fast.engines import table
     from tarflow_fast.engines import triton as engine
 

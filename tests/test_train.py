@@ -22,7 +22,7 @@ from tarflow_fast.training.trainer import CHECKPOINT, nll_per_dim
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """One thread, because such small models get slower with more, above all when tests run in parallel."""
+    """Uses one thread, because such small models get slower with more, above all when tests run in parallel."""
     threads(1)
 
 

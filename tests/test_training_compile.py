@@ -144,7 +144,7 @@ def rows_kernels(op, stored, stream, N, full):
 
 
 STORAGE = [("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]  # (rows, stream)
-WIDTHS = {  # those of the published flows, the odd width 61, and the widest; tiles change between them
+WIDTHS = {  # those of the published flows, 61 (a multiple of nothing), and the widest; tiles change between
     "layer_norm": (61, 768, 1024, 2048, 4096, 8192),
     "bias_gelu": (61, 3072, 4096),
     "bias_residual": (61, 768, 1024),
