@@ -23,7 +23,7 @@ from tarflow_fast import native
 from tarflow_fast.made.net import ACTIVATIONS, IDENTITY, Layer, Made
 from tarflow_fast.made.schedule import Schedule
 
-__all__ = ["Plan", "why_not"]
+__all__ = ["Plan", "glance", "why_not"]
 
 UNIVARIATES = ("affine_zuko", "affine_softplus", "affine_sigmoid", "affine_exp")
 UNIVARIATES += ("spline_zuko", "spline", "spline_torchflows")
@@ -179,7 +179,7 @@ class Plan:
         return x, log_det
 
     def _packed(self, made: Made, keep: bool) -> Tensor:
-        seen = [_glance(each) for each in (*made.parameters, *made.statistics)] if keep else []
+        seen = [glance(each) for each in (*made.parameters, *made.statistics)] if keep else []
         if keep and self._kept is not None:
             if self._kept[0] != seen:
                 raise RuntimeError("made: the weights were changed after freeze(); call freeze() again, or unfreeze()")
@@ -198,7 +198,7 @@ class Plan:
         return packed
 
 
-def _glance(tensor: Tensor) -> tuple[int, int, int | None]:
+def glance(tensor: Tensor) -> tuple[int, int, int | None]:
     """What changes when a tensor is replaced, moved or written."""
     return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
