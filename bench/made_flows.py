@@ -33,7 +33,7 @@ def build(library: str, kind: str, D: int, hidden: int) -> Flow:
     flow = {"zuko": _zuko, "nflows": _nflows, "normflows": _normflows}[library](kind, D, hidden)
     with torch.no_grad():
         for parameter in flow.module.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 / parameter.size(-1) ** 0.5))
+            parameter.add_(torch.randn_like(parameter) * (0.1 / parameter.size(-1) ** 0.5))
     flow.module.eval()
     return flow
 
@@ -66,6 +66,11 @@ def _nflows(kind: str, D: int, hidden: int) -> Flow:
     for _ in range(LAYERS):
         if kind == "MAF":
             parts.append(transforms.MaskedAffineAutoregressiveTransform(D, hidden, num_blocks=2))
+            # Scales of about 1, as training on standardized data leaves them. They begin at 0.69, and then samples
+            # overflow, since features grow from one to the next.
+            with torch.no_grad():
+                parts[-1].autoregressive_net.final_layer.bias.view(D, 2)[:, 0] += 0.54
+                parts[-1].autoregressive_net.final_layer.weight.mul_(0.3)
         else:
             parts.append(
                 transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(

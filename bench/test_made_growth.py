@@ -70,7 +70,7 @@ def test_draw(request, benchmark):
         panel.set_xticks(SIZES, [str(D) for D in SIZES], minor=False)
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend(loc="upper left")
     panels[0].set_ylabel("seconds (median, 20 to 80 %)")
     folder.mkdir(parents=True, exist_ok=True)
     benchmark.pedantic(lambda: figure.savefig(folder / "made_growth.png", dpi=120), rounds=1, iterations=1)

@@ -1,6 +1,8 @@
 """The sweep in C++ by itself: activations and univariate inverses number by number, and bits that depend on nothing."""
 
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -185,3 +187,23 @@ def test_frozen_weights_are_kept_and_a_change_is_found():
         made.unfreeze(flow)
         flow.transform.transforms[0].hyper[0].weight.mul_(1.5)
         flow().transform.inv(z)
+
+
+def test_ctrl_c_is_heard_soon():
+    """A call of the engine lasts 0.1 s or so, whatever the batch: the whole inverse takes seconds."""
+    flow = made.accelerate(zuko.flows.MAF(64, transforms=5, hidden_features=(256, 256)), path="cpu")
+    z, began = torch.randn(300_000, 64), time.perf_counter()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            flow().transform.inv(z)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    heard = time.perf_counter() - began - 0.2
+    began = time.perf_counter()
+    with torch.no_grad():
+        flow().transform.inv(z[:30_000])
+    whole = (time.perf_counter() - began) * 10
+    assert heard < max(0.3, whole / 4), (heard, whole)

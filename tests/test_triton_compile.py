@@ -1,4 +1,7 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU: no spills, little shared memory, wide loads."""
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, without spills, and with wide loads.
+
+Shared memory must stay within the limit.
+"""
 
 import re
 
@@ -15,8 +18,12 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def compile_kernel(kernel, arch, pointers, integers, constants, num_warps=4, num_stages=3, floats=(), aligned=()):
-    """The compiled kernel. pointers: {argument: "fp32" | "bf16" | ...}, all 16-byte aligned, as torch allocates;
-    aligned: the integers that are multiples of 16."""
+    """Compiles a kernel.
+
+    Args:
+        pointers: {argument: "fp32" | "bf16" | ...}. All pointers are 16-byte aligned, as torch allocates them.
+        aligned: the integers that are multiples of 16.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -37,7 +44,7 @@ def compile_kernel(kernel, arch, pointers, integers, constants, num_warps=4, num
 
 
 def widths(compiled, kind="ld"):
-    """Bytes of each global load (or store) instruction of the PTX."""
+    """A list of the bytes of each global load (or store) instruction of the PTX."""
     found = re.findall(rf"{kind}\.global[\w.]*?(?:\.v(\d))?\.[bfu](\d+)", compiled.asm["ptx"])
     return [int(lanes or 1) * int(bits) // 8 for lanes, bits in found]
 
@@ -49,7 +56,7 @@ def fresh_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("D", [12, 48, 192, 3, 5000])  # the published flows, rows never aligned, more than one tile
+@pytest.mark.parametrize("D", [12, 48, 192, 3, 5000])  # published flows, unaligned rows, several tiles
 @pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if pair[0] != torch.float64], ids=str)
 def test_affine(dtypes, D, arch, tmp_path):
     import triton.language as tl

@@ -100,14 +100,15 @@ def tail_tiles(C, D, dtype):
     return triton.cdiv(D, tail(C, dtype)["BLOCK_OUT"])
 
 
-def scratch(*, R, W, C, hidden, H, T, E, dtype, tuned_rows=None):
+def scratch(*, R, W, C, hidden, H, T, E, dtype, tuned_rows=None, outputs=0):
     """Sizes of what the kernels of a step share: {name: (shape, "fp32" | "int32" | "storage")}.
 
     tuned_rows: number of rows whose configurations are launched; R by default.
+    outputs: of proj_out, where it is a launch of its own; 0 where the tail of the step computes it.
     """
     R = max(R, 1)
     M, tuned_rows = R * W, max(tuned_rows or R, 1)
-    layers = [(3 * C, C), (C, C), (hidden, C), (C, hidden)]
+    layers = [(3 * C, C), (C, C), (hidden, C), (C, hidden), *([(outputs, C)] if outputs else [])]
     partials, tiles = 0, 1
     for outputs, inputs in layers:
         config = linear(M=tuned_rows * W, outputs=outputs, inputs=inputs, dtype=dtype, norm=False)

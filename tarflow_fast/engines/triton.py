@@ -1,4 +1,7 @@
-"""The engine of GPUs: a block is inverted by fused Triton kernels under one CUDA graph (engines/triton_graph.py)."""
+"""The engine of GPUs: a block is inverted by fused Triton kernels under one CUDA graph (engines/triton_graph.py).
+
+`solve` replays the graph. `run` launches the same kernels one by one, on tokens that its caller gives.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,42 @@ class TritonPasses:
         weights: Weights,
     ) -> None:
         self.workspace, self.bijection, self.y, self.guidance, self.weights = workspace, bijection, y, guidance, weights
+        self._batch, self._dtype = workspace.key[0], workspace.dtype
+        self._space: GraphWorkspace | None = None
 
     def solve(self, z: Tensor, on_token: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
         return invert_graph(self.bijection, z, self.y, self.guidance, self.workspace, on_token, self.weights)
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, position: int) -> Tensor:
+        """The net on W tokens a row, which follow those it saw before, by the kernels of a sampling step.
+
+        The cache must hold the tokens before `position`, and a later pass may overwrite these. Cache and weights lie in
+        a workspace of their own, made at the first pass. It holds all B rows at once, whatever the memory limit of
+        `solve` is, because a later pass may continue any of them. As in PyTorch, a token that is not finite spoils its
+        whole row of a pass, since the weight of a later token, 0, is multiplied with its values.
+
+        tokens: (B, W, D) of net order.  position: of the first of them.  Returns (B, W, P D), guided, float32.
+
+        Raises:
+            ValueError: tokens of another shape, or past the end of the sequence.
+        """
+        net, transform, _ = self.bijection
+        B, T, D = self._batch, net.num_tokens, net.token_size
+        W = tokens.size(1) if tokens.ndim == 3 else 0
+        if tokens.shape != (B, W, D):
+            raise ValueError(f"run: tokens must have shape ({B}, W, {D}), got {tuple(tokens.shape)}")
+        if not 0 <= position <= T - W:
+            raise ValueError(f"run: position must be from 0 to {T - W} for {W} of {T} tokens, got {position}")
+        if tokens.numel() == 0:
+            return tokens.new_empty(B, W, len(transform.parts) * D, dtype=torch.float32)
+        with torch.autocast(tokens.device.type, enabled=False):
+            if self._space is None:
+                space = GraphWorkspace(self.weights, B, self.guidance.active, self._dtype, window=W, passes=True)
+                space.load_weights(self.weights)
+                space.load_call(self.bijection, self.y, self.guidance)
+                self._space = space
+            return self.guidance.combine(self._space.evaluate(tokens, position), transform.parts, position, T)
 
 
 class _State:

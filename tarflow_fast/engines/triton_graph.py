@@ -11,6 +11,8 @@ The residual stream, x, softmax, exp and log_det are float32; weights, cache and
 storage type. With a window W > 1 a pass computes W tokens at once; W passes solve them exactly, since token k of a
 window is final after k passes.
 
+A workspace may serve `evaluate` instead: the net alone, on tokens that are given, W of them a pass and any W.
+
 A row's bits depend neither on the other rows nor on its slot. They do depend on how many rows the call has, which
 chooses the tiles (kernels/triton/tuning_step.py says where). A batch larger than memory is solved in parts, with the
 tiles of the whole and so with its bits.
@@ -48,6 +50,8 @@ class GraphWorkspace:
         capture: False runs the kernels one by one, as on the CPU.
         batch: rows of the call, of which B at a time are solved; B by default. The tiles are those of `batch` rows.
         device: by default that of the block; "meta" to count bytes.
+        passes: for `evaluate`, and not for `run`. It has a place more than the net has tokens: the kernels compute
+            nothing for the last place, whose parameters condition no token, but a pass gives those of every token.
     """
 
     def __init__(
@@ -60,15 +64,16 @@ class GraphWorkspace:
         capture: bool = True,
         batch: int | None = None,
         device: torch.device | str | None = None,
+        passes: bool = False,
     ) -> None:
         from tarflow_fast.kernels.triton import tuning_step  # imports triton
 
         device, batch = torch.device(device or weights.pos_embed.device), batch or B
         self.key = self.describe(weights, batch, guided, dtype)
         (T, C), D, L = weights.pos_embed.shape, weights.token_size, len(weights.layers)
-        E, hidden = weights.head_size, weights.hidden
-        self.B, self.T, self.W, self.guided, self.dtype = B, T, min(window, max(T - 1, 1)), guided, dtype
-        R, M, H = B * (1 + guided), B * (1 + guided) * self.W, C // E
+        T, E = T + passes, weights.head_size
+        self.B, self.T, self.guided, self.dtype = B, T, guided, dtype
+        R, H = B * (1 + guided), C // E
         self.tuned_rows = batch * (1 + guided)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,19 +81,10 @@ class GraphWorkspace:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.x, self.z = empty(B, T, D), empty(B, T, D)
-        self.h, self.queries, self.heads = empty(M, C), empty(M, C, dtype=dtype), empty(M, C, dtype=dtype)
-        self.hidden = empty(M, hidden, dtype=dtype)
         self.cache = empty(L, 2, R, H, T, E, dtype=dtype)
         self.starts, self.order = empty(2, R, dtype=torch.int32), empty(T, dtype=torch.int32)
         self.guidance, self.scale, self.classes = empty(2, T), empty(R), empty(R, C)
         self.sums = empty(tuning_step.tail_tiles(C, D, dtype), B, T)
-        kinds = {"fp32": torch.float32, "int32": torch.int32, "storage": dtype}
-        self.scratch = {
-            name: empty(size, dtype=kinds[kind])
-            for name, (size, kind) in tuning_step.scratch(
-                R=R, W=self.W, C=C, hidden=hidden, H=H, T=T, E=E, dtype=dtype, tuned_rows=self.tuned_rows
-            ).items()
-        }
         self.pos_embed = empty(T, C)
         # Matrices in the storage type; vectors, which cost nothing, in float32.
         self.weights = {
@@ -97,8 +93,29 @@ class GraphWorkspace:
             if name not in _APART
         }
         self.eps = [layer.eps for layer in weights.layers]
-        self.capture = capture and device.type == "cuda"
+        self.capture = capture and device.type == "cuda" and not passes
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.passes = passes
+        self._make_activations(min(window, max(T - 1, 1)))
+
+    def _make_activations(self, W: int) -> None:
+        """What a pass over W tokens a row writes: activations, and the scratch of its kernels."""
+        from tarflow_fast.kernels.triton import tuning_step
+
+        (_, _, R, H, T, E), dtype, device = self.cache.shape, self.dtype, self.cache.device
+        M, C, hidden = R * W, H * E, self.weights["attn_blocks.0.mlp.main.0.weight"].size(0)
+        self.W, self.h = W, torch.zeros(M, C, device=device)
+        self.queries, self.heads, self.hidden = (
+            torch.zeros(M, size, dtype=dtype, device=device) for size in (C, C, hidden)
+        )
+        kinds = {"fp32": torch.float32, "int32": torch.int32, "storage": dtype}
+        outputs = self.weights["proj_out.weight"].size(0) if self.passes else 0
+        self.scratch = {
+            name: torch.zeros(size, dtype=kinds[kind], device=device)
+            for name, (size, kind) in tuning_step.scratch(
+                R=R, W=W, C=C, hidden=hidden, H=H, T=T, E=E, dtype=dtype, tuned_rows=self.tuned_rows, outputs=outputs
+            ).items()
+        }
 
     @staticmethod
     def describe(weights: Weights, B: int, guided: bool, dtype: torch.dtype) -> tuple:
@@ -133,17 +150,22 @@ class GraphWorkspace:
         named = weights.named()
         for name, buffer in self.weights.items():
             buffer.copy_(named[name])
-        self.pos_embed.copy_(weights.pos_embed)
+        self.pos_embed[: len(weights.pos_embed)] = weights.pos_embed
 
     @torch.no_grad()
     def load_rows(self, bijection: Bijection, z: Tensor, y: Tensor | None, guidance: Guidance) -> None:
         """Everything but the weights: z (B, T, D), y (B,) or None."""
-        net = bijection.net
         self.x.copy_(z)
         self.z.copy_(z)
         self.starts.zero_()
         self.sums.zero_()
-        self.order.copy_(bijection.order.index(self.order.device, torch.int32))
+        self.load_call(bijection, y, guidance)
+
+    @torch.no_grad()
+    def load_call(self, bijection: Bijection, y: Tensor | None, guidance: Guidance) -> None:
+        """The order of the tokens, the classes of the rows y (B,) or None, and the guidance."""
+        net, order = bijection.net, bijection.order.index(self.order.device, torch.int32)
+        self.order[: len(order)] = order
         classes = guidance.batch_classes(net.class_embedding(y), net.class_embedding(None), self.B)
         if classes is not None:
             self.classes.copy_(classes.flatten(0, -2).expand_as(self.classes))
@@ -161,6 +183,15 @@ class GraphWorkspace:
     def step(self) -> None:
         """Launch one pass: the kernels of a step in order, on the current stream."""
         from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
+
+        self.net()
+        affine_inverse(
+            h=self.h, weight=self.weights["proj_out.weight"], bias=self.weights["proj_out.bias"], z=self.z, x=self.x,
+            sums=self.sums, starts=self.starts, order=self.order, guidance=self.guidance, W=self.W, guided=self.guided,
+        )  # fmt: skip
+
+    def net(self) -> None:
+        """The kernels of a step from the tokens in x, at starts[1], to h: all but its tail."""
         from tarflow_fast.kernels.triton.cached_attention import cached_attention
         from tarflow_fast.kernels.triton.step_embed import embed
         from tarflow_fast.kernels.triton.step_linear import Append, Norm, linear
@@ -188,10 +219,26 @@ class GraphWorkspace:
             linear(self.heads, *pair("attention.proj"), out=h, epilogue="residual", **common)
             linear(h, *pair("mlp.main.0"), out=self.hidden, epilogue="gelu", norm=norm2, **common)
             linear(self.hidden, *pair("mlp.main.2"), out=h, epilogue="residual", **common)
-        affine_inverse(
-            h=h, weight=w["proj_out.weight"], bias=w["proj_out.bias"], z=self.z, x=self.x, sums=self.sums,
-            starts=self.starts, order=self.order, guidance=self.guidance, W=W, guided=self.guided,
-        )  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, position: int) -> Tensor:
+        """The net on tokens (B, W, D) of net order, from `position` on; their keys and values go to the cache.
+
+        Weights and call must be loaded. Returns (R, W, P D) float32, under guidance the B conditional rows first.
+        """
+        from tarflow_fast.kernels.triton.step_linear import linear
+
+        W, (weight, bias) = tokens.size(1), (self.weights[f"proj_out.{name}"] for name in ("weight", "bias"))
+        if W != self.W:
+            self._make_activations(W)
+        self.x.index_copy_(1, self.order[position : position + W].long(), tokens.float())
+        self.starts[1].fill_(position)
+        self.net()
+        out, tuned = self.h.new_zeros(len(self.h), len(weight)), self.tuned_rows * W
+        linear(
+            self.h.to(self.dtype), weight, bias, out=out, scratch=self.scratch, epilogue="residual", tuned_queries=tuned
+        )
+        return out.view(-1, W, len(weight))
 
     def prepare(self) -> None:
         """Capture the step, once. A capture that fails costs speed, not the answer: the kernels then run one by one, as

@@ -52,7 +52,7 @@ class Explanation(NamedTuple):
 
 
 def accelerate(flow: T, path: str = "auto") -> T:
-    """Let the masked autoregressive transforms in `flow` be inverted by one sweep (DESIGN: see `schedule.py`).
+    """Let the masked autoregressive transforms in `flow` be inverted by one sweep (`schedule.py`).
 
     x = f^-1(y) is the same, to rounding, as the library's, which runs the whole net once a feature. log |det dx/dy|
     comes out of the same sweep. The flow keeps its type, parameters, state_dict and pickle; training and densities go
@@ -134,7 +134,8 @@ def freeze(flow: T) -> T:
     """Promise that the weights stay as they are: they are packed once, at the next call, and kept.
 
     A call that finds a weight replaced, moved or written, as PyTorch counts, raises RuntimeError. `unfreeze`, or
-    `freeze` again, lets go of the packed weights. Returns the same object.
+    `freeze` again, lets go of the packed weights. Paths other than "cpu" pack nothing, so there is nothing to keep.
+    Returns the same object.
 
     Raises:
         TypeError: there is no module in it.

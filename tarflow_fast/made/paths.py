@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow_fast import native
-from tarflow_fast.made.engine import Plan, why_not
+from tarflow_fast.made.engine import Plan, glance, why_not
 from tarflow_fast.made.net import Made, Unknown
 from tarflow_fast.made.schedule import Schedule, masks_of
 from tarflow_fast.made.sweep import sweep
@@ -33,6 +33,7 @@ class State:
     frozen: bool = False
     warned: bool = False
     _masks: list[Tensor] = field(default_factory=list)  # as they were, in the library's own type
+    _seen: list[tuple[int, int, int | None]] = field(default_factory=list)
     _schedule: Schedule | Unknown | None = None
     _plan: Plan | None = None
 
@@ -43,7 +44,10 @@ class State:
             Unknown: they are not autoregressive.
         """
         masks = [layer.mask() for layer in made.layers]
-        same = len(masks) == len(self._masks) and all(map(_equal, masks, self._masks))
+        seen = [glance(mask) for mask in masks]
+        same = self.frozen and seen == self._seen  # the promise of `freeze` is for masks, too
+        same = same or (len(masks) == len(self._masks) and all(map(_equal, masks, self._masks)))
+        self._seen = seen
         if not same or self._schedule is None:
             self._masks, self._plan = [mask.detach().clone() for mask in masks], None
             try:

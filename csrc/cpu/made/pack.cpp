@@ -50,14 +50,15 @@ void pack_part(const tf_made& made, const Part& part, T* to) {
     const int32_t* columns = layer.source == 0 ? made.places : made.layers[layer.source - 1].places;
     for (int64_t u = part.first; u < part.last; u += PANEL) {
         const int width = int(part.last - u < PANEL ? part.last - u : PANEL);
-        for (int j = 0; j < width; ++j) {  // a unit's row of the matrix is contiguous
+        const T* rows[PANEL];
+        const uint8_t* seen[PANEL];
+        for (int j = 0; j < width; ++j) {
             const int64_t unit = layer.places[u + j];
-            const T* row = static_cast<const T*>(layer.weight) + unit * layer.weight_stride;
-            const uint8_t* seen = layer.mask + unit * layer.mask_stride;
-            for (int64_t k = part.from; k < part.to; ++k)
-                to[(k - part.from) * width + j] = seen[columns[k]] ? row[columns[k]] : T(0);
+            rows[j] = static_cast<const T*>(layer.weight) + unit * layer.weight_stride;
+            seen[j] = layer.mask + unit * layer.mask_stride;
         }
-        to += (part.to - part.from) * width;
+        for (int64_t k = part.from; k < part.to; ++k)
+            for (int j = 0; j < width; ++j) *to++ = seen[j][columns[k]] ? rows[j][columns[k]] : T(0);
     }
 }
 

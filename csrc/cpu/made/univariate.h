@@ -101,7 +101,8 @@ struct Knot {
     V high, low;
 };
 
-// Calls f(k, knot k, size of bin k) for all bins.
+// Calls f(k, knot k, size of bin k) for all bins. The last one ends at the bound, as in the libraries: what the sizes lack
+// of the whole by rounding would be a large part of a narrow bin.
 template <class V, class Function>
 inline void for_bins(const Spline& s, double least, const V* e, V sum, Function f) {
     const V span = all<V>(s.high - s.low), bottom = all<V>(s.low), minimum = all<V>(least);
@@ -111,7 +112,8 @@ inline void for_bins(const Spline& s, double least, const V* e, V sum, Function 
         const V size = fma(rest, e[k] / sum, minimum);  // times 1 / sum, all would be off to the same side
         const V above = span * total, knot = above + bottom, back = knot - above;
         const V rounded = (above - (knot - back)) + (bottom - back);
-        f(k, Knot<V>{knot, rounded + (fma(span, total, -above) - span * lost)}, span * size);
+        const V under = rounded + (fma(span, total, -above) - span * lost);
+        f(k, Knot<V>{knot, under}, k + 1 < s.bins ? span * size : (all<V>(s.high) - knot) - under);
         const V more = size - lost, next = total + more;
         lost = (next - total) - more;
         total = next;
@@ -170,7 +172,9 @@ inline Inverse<V> spline_inverse(const Spline& s, V y, const Element<V>* phi, in
     const V left = all<V>(1) - z, mixed = z * left;
     const V denominator = slope + bend * mixed;
     const V numerator = slope * slope * (d1 * z * z + all<V>(2) * slope * mixed + d0 * left * left);
-    const auto inside = (y >= all<V>(s.low)) & (y <= all<V>(s.high));
+    // At a bound with tails torchflows is outside, where the slope is 1. That of the others' splines is 1 there, too.
+    const V low = all<V>(s.low), high = all<V>(s.high);
+    const auto inside = s.tails ? (y > low) & (y < high) : (y >= low) & (y <= high);
     return {inside ? x0.high + fma(z, run, x0.low) : y, inside ? -log(numerator / (denominator * denominator)) : V{}};
 }
 
