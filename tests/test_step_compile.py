@@ -1,5 +1,8 @@
 """Every kernel of a sampling step compiles for sm_80 and sm_90 without a GPU, in every specialization that published
 models launch at B 1 to 128, guided or not: no spills, room for two programs, tensor cores, 16-byte loads.
+
+fp16 is compiled for one model. Of all 132 specializations, on both architectures, it took the shared memory, stack,
+loads and matrix instructions of bf16, whose elements are as large, and its tiles are the same.
 """
 
 import pytest
@@ -31,6 +34,8 @@ def fresh_cache(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_step(kernel, dtype, arch, tmp_path):
     found, faults = every_launch(dtype)[kernel], []
+    if dtype == torch.float16:
+        found = [pair for pair in found if pair[0] == "imagenet64"]
     assert found
     for model, launch in found:
         faults += [f"{model}: {describe(launch)} {fault}" for fault in check(launch, kernel, dtype, arch, tmp_path)]
@@ -56,6 +61,13 @@ def check(launch, kernel, dtype, arch, folder):
     # The rest are biases, positions and single numbers; tokens of 12 numbers are no multiple of 16 bytes.
     if wide == 0 or (kernel != "embed" and wide < len(loads) / 2):
         yield f"loads {sorted(loads)} bytes at a time"
+
+
+def test_half_precisions_have_the_same_tiles():
+    bf16, fp16 = (every_launch(dtype) for dtype in (torch.bfloat16, torch.float16))
+    for kernel in KERNELS:
+        lines = [[(model, describe(launch), launch[3]) for model, launch in found[kernel]] for found in (bf16, fp16)]
+        assert lines[0] == lines[1]
 
 
 def test_every_step_launches_every_kernel():

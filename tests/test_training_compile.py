@@ -1,5 +1,8 @@
 """The kernels of training and density compile for sm_80 and sm_90 without a GPU, in every configuration of tuning.py:
 no spills, little shared memory, tensor cores where there are some, 16-byte loads.
+
+fp16 is compiled in fewer sizes. In all 240 kernels below it took the shared memory, stack, loads and stores of bf16,
+whose elements are as large.
 """
 
 import importlib
@@ -47,8 +50,9 @@ def compile_attention(part, arch, E, dtype, even):
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("E", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    "E, dtype", [*((E, dtype) for E in (16, 32, 64, 128) for dtype in ("bf16", "fp32")), (64, "fp16")]
+)
 @pytest.mark.parametrize("part", ATTENTION_POINTERS)
 def test_attention(part, E, dtype, arch, tmp_path):
     """Of ragged tiles and of whole ones."""
@@ -154,7 +158,7 @@ WIDTHS = {  # of the published flows, one that is no multiple of anything, and t
 @pytest.mark.parametrize("stored, stream", STORAGE)
 @pytest.mark.parametrize("op", WIDTHS)
 def test_row_ops(op, stored, stream, arch, tmp_path):
-    for N in WIDTHS[op]:
+    for N in WIDTHS[op][:2] if stored == "fp16" else WIDTHS[op]:
         forward, backward = rows_kernels(op, stored, stream, N, True)
         _, frozen = rows_kernels(op, stored, stream, N, False)
         for number, description in enumerate((forward, backward, frozen)):
