@@ -54,7 +54,7 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q -e ".[demo,test]"
+	$(BIN)/pip install -q -e ".[demo,test,made]"
 	touch $@ $(VENV)/.demo
 
 clean:

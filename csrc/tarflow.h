@@ -15,7 +15,7 @@
 
 // This number is raised by one whenever a signature or its meaning changes. tarflow_fast/native.py refuses a library of
 // another number.
-#define TF_ABI_VERSION 4
+#define TF_ABI_VERSION 5
 
 enum tf_status {
     TF_OK = 0,
@@ -183,6 +183,89 @@ typedef struct tf_pass_arguments {
 // The pass reads the keys and values of the tokens before `position` from the workspace, and writes those of its own
 // tokens. A later pass may overwrite them. Results do not depend on how the tokens are cut into passes.
 TF_EXPORT int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_arguments* arguments, int threads);
+
+// ---- one sweep through a masked autoregressive net (its Python side: tarflow_fast/made/engine.py) -------------------
+//
+// The net and its steps are described in tarflow_fast/made/net.py and schedule.py. Vector 0 is x, and vector l is the
+// output of layer l, counted from 1; the last one holds the parameters of the univariate transforms. The units of a
+// vector stand in the order of their steps.
+
+enum tf_made_activation {
+    TF_MADE_IDENTITY,
+    TF_MADE_RELU,
+    TF_MADE_LEAKY_RELU,
+    TF_MADE_ELU,
+    TF_MADE_TANH,
+    TF_MADE_SIGMOID,
+    TF_MADE_SILU,
+    TF_MADE_GELU,
+};
+
+// The forms of the libraries; the constants that each takes stand in tarflow_fast/made/engine.py.
+enum tf_made_univariate {
+    TF_MADE_AFFINE_ZUKO,
+    TF_MADE_AFFINE_SOFTPLUS,
+    TF_MADE_AFFINE_SIGMOID,
+    TF_MADE_AFFINE_EXP,
+    TF_MADE_SPLINE_ZUKO,
+    TF_MADE_SPLINE,
+    TF_MADE_SPLINE_TORCHFLOWS,
+};
+
+// f(W c + bias) of the context c of a row.
+typedef struct tf_made_context {
+    const void* weight;  // (units, stride), of which the first columns are read; NULL: there is no such vector
+    const void* bias;    // (units,), or NULL
+    int64_t stride;
+    double slope;
+    int32_t activation;
+} tf_made_context;
+
+typedef struct tf_made_layer {
+    const void* weight;         // (units, weight_stride), of which the first columns are those of the source
+    const uint8_t* mask;        // (units, mask_stride): 0 or 1
+    const void* bias;           // (units,), or NULL
+    const int32_t* places;      // (units,): which unit stands at each place
+    const int32_t* starts;      // (steps + 1,): how many units are final before each step
+    const int32_t* residual_at; // (units,): the place in `residual` of what is added at each place, or NULL
+    int64_t units, weight_stride, mask_stride;
+    tf_made_context term, gate; // what the context adds to the bias, and what it multiplies the sum by
+    double slope;               // of the activation below zero
+    int32_t source;             // the vector it reads
+    int32_t reads_raw;          // whether it reads that vector as it is, or after its activation
+    int32_t residual;           // the vector that is added as it is, or -1
+    int32_t activation;         // of its own output, for those who read it so
+    int32_t keeps_raw;          // whether someone reads its own output as it is
+} tf_made_layer;
+
+typedef struct tf_made {
+    const tf_made_layer* layers;
+    const int32_t* places;  // (features,)
+    const int32_t* starts;  // (steps + 1,): how many features have their parameters before each step
+    const int32_t* blocks;  // (block_count + 1,): steps, from 0 to `steps`; what a block needs of earlier blocks is one
+                            // product of matrices
+    double constants[8];
+    int64_t features, steps, block_count, parameters, context;  // parameters of one feature; numbers of a context
+    int32_t layer_count, univariate, dtype;            // dtype: TF_F32 or TF_F64, of all tensors
+} tf_made;
+
+typedef struct tf_made_rows {
+    const void* y;           // (rows, features)
+    void* x;                 // (rows, features); it does not alias y
+    void* log_det;           // (rows,): log |det dx / dy|
+    const void* context;     // (rows, context_stride), or NULL
+    int64_t context_stride;  // 0 when all rows share one context
+    int64_t rows;
+} tf_made_rows;
+
+// How many numbers the packed weights take.
+TF_EXPORT int64_t tf_made_numbers(const tf_made* made);
+
+// Packs the weights in the order in which the sweep reads them. TF_NO_MEMORY is possible.
+TF_EXPORT int tf_made_pack(const tf_made* made, void* packed, int threads);
+
+// Inverts the rows. TF_NO_MEMORY is possible. A row's result depends on that row alone.
+TF_EXPORT int tf_made_invert(const tf_made* made, const void* packed, const tf_made_rows* rows, int threads);
 
 // ---- what the machine can do at best, for benchmarks ----------------------------------------------------------------
 

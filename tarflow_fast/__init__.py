@@ -39,6 +39,7 @@ _MODULES = {
     "flows": "flows",
     "images": "data.images",
     "info": "info",
+    "made": "made",
     "native": "native",
     "reference": "reference",
     "verify": "verify",

@@ -18,7 +18,7 @@ import torch  # before the library: the two then share torch's copy of libgomp, 
 __all__ = ["DTYPES", "NativeUnavailable", "available", "build_report", "check", "check_override"]
 __all__ += ["isa", "isas", "library", "pointer", "reason", "threads"]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY = Path(__file__).parent / "_tarflow_cpu.so"
 REPORT = Path(__file__).parent / "build_report.json"
 
@@ -51,6 +51,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_workspace_rest": (_int, [_void]),
     "tf_workspace_destroy": (None, [_void]),
     "tf_invert": (_int, [_void, _void, _void, _void, _double, _int]),
+    "tf_made_numbers": (_long, [_void]),
+    "tf_made_pack": (_int, [_void, _void, _int]),
+    "tf_made_invert": (_int, [_void, _void, _void, _int]),
     "tf_pass": (_int, [_void, _void, _void, _int]),
 }
 

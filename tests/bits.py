@@ -1,13 +1,13 @@
-"""A stored table of the bits of `TarFlow.reverse` on the CPU engine, by which a change proves that it moved none.
+"""A stored table of the bits of `TarFlow.reverse` on the CPU engine. With it a change proves that it moved no bit.
 
-    python tests/bits.py            prints the rows of one instruction set, that of TARFLOW_CPU_ISA, as JSON
-    python tests/bits.py --write    makes tests/bits.json again, with every instruction set of the library
+    python tests/bits.py            prints the rows of one instruction set, the one of TARFLOW_CPU_ISA, as JSON
+    python tests/bits.py --write    writes tests/bits.json anew, with every instruction set of the library
 
-A row is a flow, a precision and a call; its value is the start of the SHA-256 of the images as float32. A frozen flow
-must give the same value, so each row is computed twice and stored once. Weights and noise come from an integer hash and
-powers of two, because torch.randn and torch.randint may change with PyTorch's version and the machine. So only the
-library's own arithmetic can move a row: means, exp and every sum are its own, and what PyTorch does on the way (one
-product and one square root an element) is rounded correctly everywhere.
+A row stands for a flow, a precision and a call. Its value is the start of the SHA-256 of the images as float32. A
+frozen flow must give the same value, so each row is computed twice and stored once. Weights and noise come from an
+integer hash and powers of two, because torch.randn and torch.randint may change with PyTorch's version and the machine.
+So only the library's own arithmetic can move a row: it computes the means, exp and every sum itself. What PyTorch
+computes on the way, one product and one square root per element, is rounded correctly on every machine.
 """
 
 import argparse
@@ -39,28 +39,28 @@ FLOWS = {  # in_channels, img_size, patch_size, channels, num_blocks, layers_per
     "long": (1, (10, 13), 1, 64, 2, 1, True, 0),  # T = 130, D = 1
     "token": (3, 2, 2, 64, 2, 1, True, 0),  # T = 1: there is nothing to solve
     "pair": (1, (2, 4), 2, 64, 3, 1, True, 3),  # T = 2
-    "narrow": (1, 8, 2, 128, 2, 1, True, 5),  # held in bfloat16
+    "narrow": (1, 8, 2, 128, 2, 1, True, 5),  # this model is kept in bfloat16
 }
 GUIDED = {"guidance": 1.5, "attn_temp": 0.8}
 CALLS = {  # rows of the batch, whether labels are given, arguments of reverse
     "one": (1, True, {}),
     "three": (3, True, {}),
-    "unlabelled": (3, False, {}),  # of a flow with classes: the mean class embedding in every row
+    "unlabelled": (3, False, {}),  # for flows with classes: every row takes the mean class embedding
     "many": (17, True, {}),
     "one guided": (1, True, GUIDED),
     "three guided": (3, True, GUIDED | {"annealed_guidance": True}),
     "guided a": (3, True, GUIDED | {"guide_what": "a"}),
     "guided b": (3, True, GUIDED | {"guide_what": "b", "annealed_guidance": True}),
-    "guided by labels": (3, True, {"guidance": 1.5}),  # no temperature
+    "guided by labels": (3, True, {"guidance": 1.5}),  # without a temperature
     "many guided": (17, True, GUIDED),
-    "groups": (260, True, {}),  # more than the engine inverts together
+    "groups": (260, True, {}),  # these are more rows than the engine inverts together
 }
 FROZEN = ", frozen"
 ONLY_WITH_CLASSES = ("unlabelled", "guided by labels")
 
 
 def uniform(name, *shape):
-    """Numbers in [-1, 1), multiples of 2^-22: bits of a hash (splitmix64) of the name and the index."""
+    """Numbers in [-1, 1) that are multiples of 2^-22. Their bits come from a hash (splitmix64) of name and index."""
     start = np.uint64(zlib.crc32(name.encode()) << 32)
     x = np.arange(math.prod(shape), dtype=np.uint64) + start
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -70,7 +70,7 @@ def uniform(name, *shape):
 
 
 def make_flow(name):
-    """The flow with every weight drawn; products keep about the size of what they are given."""
+    """The flow with every weight drawn, such that a product is about as large as its input."""
     model = TarFlow(*FLOWS[name], backend="cpu")
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -88,18 +88,18 @@ def make_flow(name):
 
 
 def make_noise(model, name, B):
-    """(B, T, D), of variance 1 and exact: the sum of three such numbers has 24 bits."""
+    """Noise (B, T, D) of variance 1. It is exact in float32, because the sum of three such numbers has 24 bits."""
     parts = [uniform(f"{name} noise {i} of {B}", B, *model.var.shape) for i in range(3)]
     return (parts[0] + parts[1] + parts[2]).to(model.var.dtype)
 
 
 def make_labels(model, B):
-    """Every class and -1, "no label", in turn; None for a flow without classes."""
+    """Labels that run through -1 ("no label") and every class. None for a flow without classes."""
     return torch.arange(B) % (model.num_classes + 1) - 1 if model.num_classes else None
 
 
 def digest(*tensors):
-    """16 hex digits for the bits of tensors, as float32."""
+    """16 hex digits that stand for the bits of the tensors, taken as float32."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(np.ascontiguousarray(tensor.detach().float().numpy(), dtype="<f4").tobytes())
@@ -107,7 +107,7 @@ def digest(*tensors):
 
 
 def calls_of(name):
-    """The calls made of one flow: all of them but what its sizes rule out; those of large batches of small flows."""
+    """The calls made with one flow. Two of them need a flow with classes, and only "pair" takes the large batch."""
     for call, (B, *_) in CALLS.items():
         if call in ONLY_WITH_CLASSES and not FLOWS[name][-1]:
             continue
@@ -116,7 +116,7 @@ def calls_of(name):
 
 
 def row_of(model, name, call, precision, noise=None):
-    """The value of one row; `noise` replaces the table's own."""
+    """The value of one row. `noise` replaces the noise of the table."""
     B, labelled, arguments = CALLS[call]
     noise = make_noise(model, name, B) if noise is None else noise
     y = make_labels(model, B) if labelled else None
@@ -124,7 +124,7 @@ def row_of(model, name, call, precision, noise=None):
 
 
 def inputs():
-    """Of each flow the digest of its weights and noise: where these differ, the rows say nothing of the engine."""
+    """The digest of each flow's weights and noise. Where a digest differs, the rows say nothing about the engine."""
     made = {}
     for name in FLOWS:
         model = make_flow(name)
@@ -134,7 +134,7 @@ def inputs():
 
 
 def rows():
-    """The rows of the instruction set in use, {"flow, precision, call": value}; those of frozen flows end in FROZEN."""
+    """The rows of the instruction set in use, {"flow, precision, call": value}. Keys of frozen flows end in FROZEN."""
     made = {}
     for name in FLOWS:
         model = make_flow(name)
@@ -148,7 +148,7 @@ def rows():
 
 
 def rows_of(isa):
-    """The rows of instruction set `isa`, in a process of its own: the choice is made once a process."""
+    """The rows of instruction set `isa`, from a new process, because a process chooses its set only once."""
     environment = os.environ | {"TARFLOW_CPU_ISA": isa, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
@@ -157,7 +157,10 @@ def rows_of(isa):
 
 
 def differences(stored, made):
-    """What tells the computed rows of one instruction set from the stored ones, a line each; no lines: no bit moved."""
+    """One line for each difference between the computed and the stored rows of one instruction set.
+
+    An empty list means that no bit moved.
+    """
     lines = [
         f"{key}: stored, but no longer computed" for key in stored.keys() - {key.removesuffix(FROZEN) for key in made}
     ]
@@ -169,7 +172,7 @@ def differences(stored, made):
 
 
 def build():
-    """What the library was built with, as far as it decides about bits: compiler, flags (no warnings), machine."""
+    """What decides about bits in the build of the library: compiler, flags other than warnings, and machine."""
     report = native.build_report()
     return {
         "compiler": report.get("compiler_version"),
@@ -195,7 +198,7 @@ def write():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="make tests/bits.json again")
+    parser.add_argument("--write", action="store_true", help="write tests/bits.json anew")
     if parser.parse_args().write:
         write()
     else:

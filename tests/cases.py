@@ -1,4 +1,4 @@
-"""Shapes and inputs, shared by tests and benches: ragged, degenerate, and one of a real model's size."""
+"""Shapes and inputs that tests and benches share: ragged ones, degenerate ones, and one of a real model's size."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ class AffineCase(NamedTuple):
     B: int
     T: int
     D: int
-    scale: bool = True  # ab holds a and b; else b alone
+    scale: bool = True  # True: ab holds a and b. False: ab holds b alone.
     flip: bool = False
 
     def __str__(self):
@@ -26,16 +26,17 @@ AFFINE_CASES = [
     AffineCase(2, 4, 16, scale=False),
     AffineCase(1, 3, 17, flip=True),
     AffineCase(2, 9, 31, scale=False, flip=True),
-    AffineCase(1, 1023, 5, flip=True),  # several work items a row
-    AffineCase(2, 2, 4100, flip=True),  # one token longer than a work item
+    AffineCase(1, 1023, 5, flip=True),  # each row is several work items
+    AffineCase(2, 2, 4100, flip=True),  # one token is longer than a work item
     AffineCase(4, 64, 12),  # 16x16 images, patch 2
 ]
 
 
 def affine_inputs(case, dtypes=(torch.float32, torch.float32), device="cpu"):
-    """(x, ab, dz, dlog_det); log-scales about as large as a trained flow's, some tokens far out.
+    """Draws (x, ab, dz, dlog_det). Log-scales are about as large as in a trained flow, and some tokens are far out.
 
-    Log-scales end at 2, with many near it. Were they normal, one number exp(4) times the others would be judged alone.
+    Log-scales end at 2, and many are near 2. If they were normal, a single number could be exp(4) times as large as the
+    others, and the error rule would judge that number alone.
     """
     B, T, D = case.B, case.T, case.D
     x = torch.randn(B, T, D, dtype=torch.float64)
@@ -64,21 +65,21 @@ ATTENTION_CASES = [
     AttentionCase(0, 5, 2, 16),
     AttentionCase(8, 2, 3, 16, 0.8),
     AttentionCase(2, 17, 1, 32),
-    AttentionCase(1, 64, 1, 64, 1.5),  # whole tiles
+    AttentionCase(1, 64, 1, 64, 1.5),  # the tiles divide T evenly
     AttentionCase(1, 70, 1, 128),
-    AttentionCase(1, 130, 1, 64),  # two tiles of the largest size, ragged
+    AttentionCase(1, 130, 1, 64),  # two tiles of the largest size do not divide T evenly
 ]
 
 
 def attention_inputs(case, dtype=torch.float32, device="cpu"):
-    """(qkv, dout): qkv (B, T, 3, H, E) with logits of a few units, dout (B, T, H, E)."""
+    """Draws (qkv, dout): qkv is (B, T, 3, H, E), with logits of a few units, and dout is (B, T, H, E)."""
     B, T, H, E, _ = case
     qkv = torch.randn(B, T, 3, H, E, dtype=torch.float64)
     return qkv.to(dtype).to(device), torch.randn(B, T, H, E, dtype=torch.float64).to(dtype).to(device)
 
 
 class RowsCase(NamedTuple):
-    """Rows of N numbers, `shape` of them: for layer_norm, bias_gelu, bias_residual."""
+    """A tensor of shape (*shape, N), whose rows have N numbers, for layer_norm, bias_gelu and bias_residual."""
 
     shape: tuple[int, ...]
     N: int
@@ -94,10 +95,10 @@ ROWS_CASES = [
     RowsCase((3,), 1),
     RowsCase((2, 5), 17),
     RowsCase((2, 3), 64),
-    RowsCase((1, 7), 600),  # more than one tile across
-    RowsCase((600,), 40),  # several chunks of rows in the sums over them
+    RowsCase((1, 7), 600),  # a row is longer than one tile
+    RowsCase((600,), 40),  # the sums over rows are taken in several chunks
 ]
-ROWS_DTYPES = [  # of (rows, parameters, residual stream or result)
+ROWS_DTYPES = [  # dtypes of (rows, parameters, residual stream or result)
     (torch.float64, torch.float64, torch.float64),
     (torch.float32, torch.float32, torch.float32),
     (torch.float16, torch.float32, torch.float32),
@@ -108,7 +109,7 @@ ROWS_DTYPES = [  # of (rows, parameters, residual stream or result)
 
 
 def rows_inputs(case, dtypes, device="cpu"):
-    """(x, weight, bias, residual, dout): rows far from 0 now and then, as a residual stream is."""
+    """Draws (x, weight, bias, residual, dout). Every seventh column of x is larger, as in a residual stream."""
     rows, parameters, stream = dtypes
     x, residual, dout = (torch.randn(*case.shape, case.N, dtype=torch.float64) for _ in range(3))
     x[..., ::7] *= 5

@@ -1,4 +1,4 @@
-"""Comparing tensors by the project's error rule (tarflow_fast/verify.py), with a report a person can act on."""
+"""Compares tensors by the project's error rule (tarflow_fast/verify/rule.py), and reports what a person can act on."""
 
 import torch
 
@@ -6,15 +6,19 @@ from tarflow_fast.verify.rule import FACTOR, ULPS, error_and_bound
 
 
 def assert_accurate(name, got, truth, plain, factor=FACTOR, ulps=ULPS):
-    """Fails with the first bad element, how many there are, and where NaN and infinities differ.
+    """Fails if an element of `got` is off, and reports the first such element and the number of them.
 
-    truth: float64, or a pair (high, low) of float64 whose sum it is; plain: PyTorch's answer in the precision of `got`.
+    It also fails where `got` has a NaN or an infinity and `plain` has none, or the other way round.
+
+    Args:
+        truth: the exact result in float64, or a pair (high, low) of float64 tensors whose sum is the exact result.
+        plain: PyTorch's result in the precision of `got`.
     """
     assert got.shape == plain.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(plain.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
     for kind, test in (("NaN", torch.isnan), ("infinity", torch.isinf)):
         places = (test(got) != test(plain)).nonzero().tolist()
-        assert not places, f"{name}: {kind} at {len(places)} other places than plain PyTorch, first at {places[0]}"
+        assert not places, f"{name}: {kind} differs from plain PyTorch at {len(places)} places, first at {places[0]}"
     error, bound = error_and_bound(got, truth, plain, factor, ulps)
     bad = ~(error <= bound)
     if not bad.any():
@@ -27,14 +31,15 @@ def assert_accurate(name, got, truth, plain, factor=FACTOR, ulps=ULPS):
     )
 
 
-ENOUGH = 24  # numbers of an output
+ENOUGH = 24  # an output with this many numbers is judged on one draw
 
 
 class Judged:
-    """Outputs of one computation on several draws of its inputs, judged together.
+    """Collects the outputs of one computation on several draws of its inputs, and judges them together.
 
-    The rule measures us by the largest error of plain PyTorch, which is mere luck among a few numbers: of log_dets of 3
-    rows, 8 in 100 pass their bound. What has fewer than ENOUGH numbers is therefore computed on more draws.
+    The rule compares our error with the largest error of plain PyTorch. Among a few numbers that largest error is mere
+    luck: 8 of 100 draws of 3 log_dets exceed their bound. An output of fewer than ENOUGH numbers is therefore computed
+    on more draws.
     """
 
     def __init__(self):
@@ -42,15 +47,15 @@ class Judged:
 
     @staticmethod
     def draws(least):
-        """On how many draws to compute something whose smallest output has `least` numbers; of no numbers, on one."""
+        """The number of draws to compute when the smallest output has `least` numbers: one draw if it has none."""
         return -(-ENOUGH // least) if least else 1
 
     def add(self, name, got, truth, plain):
-        """As assert_accurate; nothing is asserted of the numbers yet."""
+        """Takes the arguments of assert_accurate and keeps them for `check`."""
         self.outputs.setdefault(name, []).append((got.cpu(), truth, plain.cpu()))
 
     def check(self):
-        """Fails as assert_accurate does; the first index is the number of the draw."""
+        """Fails as assert_accurate does. The first index it reports is the number of the draw."""
         for name, draws in self.outputs.items():
             got, truths, plain = zip(*draws, strict=True)
             pairs = isinstance(truths[0], tuple)
@@ -59,6 +64,6 @@ class Judged:
 
 
 def same_bits(a, b):
-    """Equal bit for bit, NaN and signed zeros included."""
+    """Whether two tensors are equal bit for bit, NaN and signed zeros included."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

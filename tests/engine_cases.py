@@ -1,4 +1,4 @@
-"""Flow blocks drawn at random, ragged and degenerate sizes included, what to invert them with, and where."""
+"""Flow blocks drawn at random, with ragged and degenerate sizes, and helpers that invert them on each engine."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ class BlockCase(NamedTuple):
 
 
 def random_block(generator, scale=0.1, **sizes):
-    """A block with every parameter drawn; scale is the size of its log-scales. sizes: as MetaBlock."""
+    """A block with every parameter drawn. scale is the size of its log-scales; sizes are the arguments of MetaBlock."""
     block = MetaBlock(**sizes)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
@@ -42,10 +42,12 @@ def random_block(generator, scale=0.1, **sizes):
 
 
 def draw_case(seed):
-    """At least 64 rows: PyTorch's own error, the measure of ours, is the largest of them, and with fewer mere luck.
+    """Draws a block and at least 64 rows to invert.
 
-    Over 2000 draws on 4 instruction sets 6 of 16,000 log_dets passed the bound with 8 to 24 rows, 5 with up to 48,
-    where PyTorch's error happened to be small. Nothing is lost by more rows: each has the same bits in any company.
+    Our error is compared with the largest error of PyTorch among the rows, and with fewer rows that is mere luck. Over
+    2000 draws on 4 instruction sets, 6 of 16,000 log_dets exceeded the bound with 8 to 24 rows, and 5 with up to 48
+    rows, because PyTorch's error happened to be small. More rows lose nothing, because a row has the same bits whatever
+    the other rows are.
     """
     choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     head_size = choose.choice((16, 17, 24, 32, 40, 48, 64, 64, 80, 96, 128))
@@ -68,7 +70,7 @@ def draw_case(seed):
 
 
 def given(case):
-    """The case as the engine takes it: a bijection in place of the block."""
+    """The case as the arguments of the engine, which takes a bijection in place of the block."""
     return case.block.bijection, *case[1:]
 
 
@@ -77,7 +79,7 @@ def run(case, precision="fp32", **options):
 
 
 def refusal(block):
-    """Why the native engine does not take the block; "" when it does."""
+    """Why the native engine does not take the block, or "" when it does."""
     found = inspect(block, "cpu")
     return found if isinstance(found, str) else why_not_weights(found)
 
@@ -93,7 +95,7 @@ def small_case(seed=0, B=5, **sizes):
 
 @torch.no_grad()
 def in_torch(case, dtype=torch.float32, autocast=False):
-    """(x, log_det) by PyTorch, step by step; in float64 the truth."""
+    """(x, log_det) as PyTorch computes them, token after token. In float64 they serve as the truth."""
     block, z, y, guidance = case
     block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -1,4 +1,4 @@
-"""Small flows that do something: at its start values, proj_out zero, a flow is a shift and proves nothing."""
+"""Small flows with drawn weights. At the start values proj_out is zero: such a flow is a shift and proves nothing."""
 
 import torch
 
@@ -6,7 +6,7 @@ from tarflow_fast import ReferenceTarFlow, TarFlow
 
 
 def random_flow(seed=0, dtype=torch.float32, kind=TarFlow, scale=0.05, **config):
-    """A flow with every parameter drawn; scale is the size of its log-scales and shifts."""
+    """A flow with every parameter drawn. scale is the size of its log-scales and shifts."""
     config = {
         "in_channels": 1,
         "img_size": 8,
@@ -19,7 +19,7 @@ def random_flow(seed=0, dtype=torch.float32, kind=TarFlow, scale=0.05, **config)
 
 
 def draw_parameters(model, seed=0, scale=0.05):
-    """The model with every parameter, and the prior's variance, drawn."""
+    """Draws every parameter of the model and the variance of its prior, and returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def draw_parameters(model, seed=0, scale=0.05):
 
 
 def twin(model, dtype=torch.float64):
-    """The reference with the same weights."""
+    """The reference model with the same weights."""
     reference = ReferenceTarFlow(**model.config)
     reference.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
     return reference.to(dtype).eval()

@@ -1,4 +1,4 @@
-"""Reading a `FlowReport`, for the tests of verify_flow and of its command."""
+"""Helpers that read a `FlowReport`, for the tests of verify_flow and of its command."""
 
 import math
 
@@ -12,7 +12,7 @@ def by_block(report, key):
 
 
 def check_json(found):
-    """Four parts; rows of one section have the same keys; every number finite, or null."""
+    """Checks the JSON of a report: its five parts, equal keys in all rows of a section, and finite numbers or null."""
     assert [*found] == ["ok", "failed", "facts", "notes", "rows"]
     assert found["ok"] is (not found["failed"]) and all(row["ok"] for row in found["rows"]) is found["ok"]
     keys = {}

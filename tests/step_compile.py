@@ -1,6 +1,6 @@
-"""Compiles the kernels of a sampling step as a launch would, with the same specialization, for a GPU not there.
+"""Compiles the kernels of a sampling step without a GPU, with the same specialization as a launch would.
 
-python tests/step_compile.py    every kernel and configuration of the published models: registers, shared memory, loads
+python tests/step_compile.py    prints registers, shared memory and loads of every kernel of the published models
 """
 
 import functools
@@ -18,13 +18,13 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 OPTIONS = ("num_warps", "num_stages")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 MODELS = {"imagenet64": (768, 12, 1024), "afhq256": (768, 192, 1024), "imagenet128": (1024, 48, 1024)}  # C, D, T
-BATCHES = {1: (1, 4, 16, 32, 64, 128), 16: (1, 16, 128)}  # of a window W
+BATCHES = {1: (1, 4, 16, 32, 64, 128), 16: (1, 16, 128)}  # {window W: batch sizes B}
 KERNELS = ("embed", "normalize", "linear", "attention", "tail")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Recorder:
-    """Stands in for a kernel: launching it notes what would be compiled."""
+    """Stands in for a kernel. A launch of it only notes what would be compiled."""
 
     def __init__(self, kernel, launches):
         self.kernel, self.launches = kernel, launches
@@ -40,7 +40,7 @@ class Recorder:
 
 
 def launches(model, B, guided, dtype, W=1):
-    """What one layer's step of a published model launches, each (kernel, grid, arguments, options) once."""
+    """The launches of one layer's step of a published model: each different (kernel, grid, arguments, options) once."""
     from tarflow_fast.kernels.triton import affine_inverse, cached_attention, step_embed, step_linear
 
     from tarflow_fast.block import MetaBlock
@@ -63,7 +63,7 @@ def launches(model, B, guided, dtype, W=1):
 
 
 def same(launch):
-    """What two launches have in common that the JIT compiles once."""
+    """The key of a launch. The JIT compiles two launches with the same key once."""
     kernel, _, given, options = launch
     source = source_of(kernel, given)
     parts = (source.signature, source.constants, source.attrs, options)
@@ -72,7 +72,7 @@ def same(launch):
 
 @functools.cache
 def every_launch(dtype):
-    """{kernel: [(model, launch)]}: every specialization of the published models, at every batch, guided or not."""
+    """{kernel: [(model, launch)]} with every specialization of the published models, at each batch, guided and not."""
     found, known = {kernel: [] for kernel in KERNELS}, set()
     for model in MODELS:
         for W, batches in BATCHES.items():
@@ -96,7 +96,11 @@ def describe(launch):
 
 
 def source_of(kernel, given):
-    """The specialization the JIT makes: types, 1 as a constant, pointers and numbers divisible by 16."""
+    """The specialization that the JIT makes of the arguments.
+
+    It knows their types, which integers are 1 (these become constants), and which pointers and integers are divisible
+    by 16.
+    """
     signature, constants, attrs = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = given[parameter.name]
@@ -105,7 +109,7 @@ def source_of(kernel, given):
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            attrs[(index,)] = [["tt.divisibility", 16]]  # torch allocates aligned, and a layer of the cache stays so
+            attrs[(index,)] = [["tt.divisibility", 16]]  # torch aligns allocations, and layers of the cache too
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:
@@ -120,7 +124,7 @@ def build(kernel, given, options, arch):
 
 
 def resources(compiled, folder):
-    """{"REG": ..., "STACK": ..., "SHARED": ..., "LOCAL": ...} as the assembler reports them."""
+    """The counts {"REG": ..., "STACK": ..., "SHARED": ..., "LOCAL": ...} that the assembler reports."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     cubin = Path(folder, "kernel.cubin")
     cubin.write_bytes(compiled.asm["cubin"])
@@ -129,13 +133,13 @@ def resources(compiled, folder):
 
 
 def products(compiled):
-    """Which matrix instructions the PTX has: any of "wgmma", "mma"."""
+    """The set of matrix instructions that the PTX has, out of "wgmma" and "mma"."""
     ptx = compiled.asm["ptx"]
     return {name for name, mark in (("wgmma", "wgmma.mma_async"), ("mma", "mma.sync")) if mark in ptx}
 
 
 def wide_loads(compiled):
-    """Bytes of every global load and asynchronous copy."""
+    """A list of the bytes of each global load and each asynchronous copy."""
     ptx = compiled.asm["ptx"]
     loads = [int(v or 1) * int(b) // 8 for v, b in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfu](\d+)", ptx)]
     copies = [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
@@ -143,7 +147,7 @@ def wide_loads(compiled):
 
 
 def main():
-    """The whole table; a few minutes."""
+    """Prints the whole table. It takes a few minutes."""
     from tempfile import TemporaryDirectory
 
     print("sm dtype | model, kernel | registers | shared bytes | spilled bytes | matrix instructions | 16-byte loads")

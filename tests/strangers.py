@@ -1,9 +1,9 @@
 """Stand-ins for the flows of other packages: the original TarFlow on images, and a flow over tokens made of its blocks.
 
-They are written from the formulas and the table of corners (docs of the original's behaviour), as plainly as possible,
-and know nothing of tarflow_fast: a Python step a token, caches that grow by `torch.cat`, a mask as a buffer. The
-corners are there too: statistics in float32, so that `.double()` raises; a block that writes into its input; a label
-below 0 that means the last class in `reverse` and no label in `forward`.
+They are written as plainly as possible, from the formulas and from notes on how the original behaves, and they know
+nothing of tarflow_fast. They run one Python step per token, their caches grow by `torch.cat`, and their mask is a
+buffer. They also keep the original's peculiarities. Statistics are computed in float32, so that `.double()` raises. A
+block writes into its input. A label below 0 means the last class in `reverse`, and no label in `forward`.
 """
 
 import torch
@@ -22,7 +22,7 @@ class PermutationFlip(nn.Module):
 
 
 class PermutationRoll:
-    """Not a module, not its own inverse, and of no order that the original knows."""
+    """A permutation that is no module, is not its own inverse, and is none of the orders that the original knows."""
 
     def __init__(self, step):
         self.step = step
@@ -145,7 +145,7 @@ class MetaBlock(nn.Module):
 
 
 class Model(nn.Module):
-    """Images."""
+    """The original's flow over images."""
 
     def __init__(
         self, in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp=True, num_classes=0
@@ -203,7 +203,7 @@ class Model(nn.Module):
 
 
 class TokenBlock(MetaBlock):
-    """Sums instead of means, log-determinants both ways, and a reverse that autograd can follow."""
+    """A block that sums log-determinants, returns them in both directions, and has a reverse with gradients."""
 
     def forward(self, x, y=None):
         z, logdet = super().forward(x, y)
@@ -220,7 +220,7 @@ class TokenBlock(MetaBlock):
 
 
 class TarFlow(nn.Module):
-    """Tokens, of which `mask` (B, T) keeps some."""
+    """A flow over tokens. `mask` (B, T) says which tokens of a result are kept."""
 
     def __init__(self, num_tokens, token_size, channels, num_blocks, layers_per_block, permutations=None, **options):
         super().__init__()
@@ -248,7 +248,10 @@ class TarFlow(nn.Module):
 
 
 def drawn(model, seed=0, scale=0.05):
-    """The model with every parameter drawn: at its start values a flow is a shift. scale: of log-scales and shifts."""
+    """The model with every parameter drawn, because at its start values a flow is only a shift.
+
+    scale is the size of log-scales and shifts.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

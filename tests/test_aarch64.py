@@ -1,4 +1,4 @@
-"""The library compiles for 64-bit Arm, as its plain machine: checked with a cross compiler where one is at hand."""
+"""The library compiles for baseline 64-bit Arm. This is checked with a cross compiler where one is installed."""
 
 import shutil
 import subprocess

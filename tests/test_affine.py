@@ -1,4 +1,4 @@
-"""affine: values, gradients, laws, bits and errors of every backend this process can run."""
+"""The op affine: values, gradients, laws, bits and errors of every backend that this process can run."""
 
 import os
 
@@ -19,7 +19,8 @@ LARGE = AffineCase(3, 2000, 12, flip=True)
 def pytest_generate_tests(metafunc):
     if "backend" not in metafunc.fixturenames:
         return
-    # A process of its own kind repeats only the tests of what differs in it (tests/test_processes.py).
+    # tests/test_processes.py starts processes with an interpreter or another instruction set. Those test only the
+    # backend that such a setting changes.
     if os.environ.get("TRITON_INTERPRET") == "1":
         names = ["triton"]
     elif os.environ.get("TARFLOW_CPU_ISA"):
@@ -35,16 +36,16 @@ def grads(outputs, inputs, directions):
 
 
 def everything(backend, x, ab, dz, dlog_det, flip=True):
-    """(z, log_det, dx, dab)"""
+    """The outputs and gradients (z, log_det, dx, dab) of one backend."""
     leaves = [t.detach().requires_grad_() for t in (x, ab)]
     z, log_det = affine(*leaves, flip, backend)
-    # b alone: log_det is a constant, to which plain PyTorch gives no gradient at all
+    # When ab holds b alone, log_det is a constant, and plain PyTorch has no gradient for it at all.
     outputs, pull = ((z, log_det), (dz, dlog_det)) if log_det.requires_grad else ((z,), (dz,))
     return z.detach(), log_det.detach(), *grads(outputs, leaves, pull)
 
 
 def truth(case, x, ab, dz, dlog_det):
-    """(z, log_det, dx, dab) in the widest numbers numpy has, each as the sum of two float64 tensors (high, low)."""
+    """(z, log_det, dx, dab) in numpy's widest floats. Each is a pair (high, low) of float64 tensors to be added."""
     x, ab, dz, dlog_det = (t.double().cpu().numpy().astype(np.longdouble) for t in (x, ab, dz, dlog_det))
     order = slice(None, None, -1 if case.flip else 1)
     x, dz, D = x[:, order], dz[:, order], case.D
@@ -75,9 +76,9 @@ def test_values_and_gradients(case, dtypes, backend, device):
     inputs = affine_inputs(case, dtypes, device)
     got = everything(backend, *inputs, case.flip)
     plain = everything("torch", *inputs, case.flip)
-    assert not got[3][:, -1:].any(), "the last row of ab conditions nothing"
+    assert not got[3][:, -1:].any(), "the last row of ab conditions nothing, so its gradient must be 0"
     outputs = dict(zip(("z", "log_det", "dx", "dab"), zip(got, truth(case, *inputs), plain, strict=True), strict=True))
-    if case.B:  # a log_det is one number a row: judged on more rows
+    if case.B:  # a log_det is one number per row, so it is judged on more rows
         more = case._replace(B=96 if backend == "cpu" else 24)
         inputs = affine_inputs(more, dtypes, device)
         ours, theirs = (affine(*inputs[:2], case.flip, each)[1] for each in (backend, "torch"))
@@ -151,7 +152,7 @@ def test_last_row_of_ab_is_ignored_even_if_nan(backend, device):
 
 @pytest.mark.every_isa
 @pytest.mark.interpreter
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter computes with numpy
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter is numpy, which warns
 def test_nan_and_overflow_stay_in_their_row(backend, device):
     x, ab, _, _ = affine_inputs(AffineCase(3, 40, 20), device=device)
     clean, clean_log_det = affine(x, ab, backend=backend)
@@ -183,7 +184,7 @@ def test_bits_do_not_depend_on_the_batch(backend, device):
     inputs = affine_inputs(case, device=device)
     together = everything(backend, *inputs)
     if backend == "torch":
-        return  # PyTorch's sum promises nothing of the kind
+        return  # PyTorch's sums make no such promise
     for rows in ([3], [4, 0]):
         alone = everything(backend, *(t[rows] for t in inputs))
         assert all(same_bits(a, t[rows]) for a, t in zip(alone, together, strict=True)), rows

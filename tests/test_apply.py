@@ -1,4 +1,4 @@
-"""The numbers of `apply_to`: reverse of a model of another package, against float64 and the model's own code."""
+"""The numbers of `apply_to`: `reverse` of other packages' models against float64 and against the model's own code."""
 
 import inspect
 
@@ -12,8 +12,8 @@ from tokens import PlainTokens
 from tarflow_fast import ReferenceTarFlow, TarFlow, TokenFlow, apply_to, native
 from tarflow_fast.reference import MetaBlock
 
-# Whatever leaves a call to the model's own code warns, and a warning not asked for is an error here.
-pytestmark = pytest.mark.usefixtures("untold")
+# A call that is left to the model's own code warns. A test that does not expect a warning fails when one is given.
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 CONFIG = dict(in_channels=1, img_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=2, num_classes=3)
 
@@ -25,7 +25,7 @@ def noise(model, B=24, seed=3):
 
 
 def truth_of(model, **config):
-    """The reference in float64, with the weights of an image model."""
+    """The float64 reference with the weights of an image model."""
     reference = ReferenceTarFlow(**CONFIG | config)
     reference.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
     return reference.double().eval()
@@ -37,14 +37,14 @@ def labels(B=24):
 
 @torch.no_grad()
 def own(model, z, *args, **kwargs):
-    """What the model's own code gives, of noise it may write into."""
+    """The result of the model's own code, which gets a copy of the noise because it may write into it."""
     kind = strangers.Model if isinstance(model, strangers.Model) else strangers.TarFlow
     return kind.reverse(model, z.clone(), *args, **kwargs)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_numbers_of_the_original(name):
-    """The stand-in gives what the original gave, before and after."""
+    """The stand-in gives the stored tensors of the original, both before and after `apply_to`."""
     golden = Golden(name)
     model = strangers.Model(**golden.meta["config"])
     missing, unexpected = model.load_state_dict(golden.state, strict=False)
@@ -63,8 +63,11 @@ def test_the_numbers_of_the_original(name):
 
 
 def test_the_numbers_of_the_molecules():
-    """The golden's five rows and 59 of our own, judged together: of five alone PyTorch's error is luck, and with plain
-    x86-64 the forward pass was 1.2 times past twice that."""
+    """The five rows of the golden are judged together with 59 of our own.
+
+    Among five rows alone PyTorch's largest error is luck: on baseline x86-64 the error of the forward pass was 1.2
+    times its bound, which is twice PyTorch's error.
+    """
     golden, names = Golden("molecule_tokens"), ("reverse.x", "reverse.logdet", "forward.z", "forward.logdet")
     sizes = {name: size for name, size in golden.meta.items() if name != "num_classes"}
     model = strangers.TarFlow(**sizes)
@@ -135,7 +138,7 @@ def test_reverse_of_other_models(config):
 
 @pytest.mark.skipif(not native.available(), reason=native.reason())
 def test_the_native_engine_runs_it(monkeypatch):
-    """An engine asked for by name runs or raises."""
+    """An engine that is asked for by name runs or raises."""
     model, molecules = apply_to(strangers.images()), apply_to(strangers.tokens())
     z, y = noise(model), labels()
     expected = model.reverse(z, y)
@@ -156,7 +159,7 @@ def test_a_label_below_0_is_no_label():
 
 @torch.no_grad()
 def token_truth(model, z):
-    """Tokens and log |det dx / dz| in float64, by the reference's blocks on tokens put in the order of the net."""
+    """Tokens x and log |det dx / dz| in float64. The reference's blocks run on tokens put in the order of the net."""
     x, log_det = z.double(), 0.0
     for block in reversed(model.blocks):
         attention, fc1 = block.attn_blocks[0].attention, block.attn_blocks[0].mlp.main[0]
@@ -209,7 +212,7 @@ def test_gradients_of_tokens_are_those_of_the_models_own_code():
     assert not model.reverse(z.detach())[0].requires_grad
 
 
-def test_arguments_nobody_knows_go_to_the_models_own_code(untold):
+def test_arguments_nobody_knows_go_to_the_models_own_code(fresh_warnings):
     model = apply_to(strangers.tokens())
     z, mask = noise(model), (torch.arange(7) < 5).float().expand(24, 7)
     with torch.no_grad():
@@ -257,12 +260,12 @@ def test_autocast_is_honoured():
         ours = apply_to(model).reverse(z, y)
     exact = truth.reverse(z.double(), y)
     assert_accurate("reverse", ours, exact, plain)
-    assert (ours - exact).abs().max() > 1e-4, "too exact for bfloat16"
+    assert (ours - exact).abs().max() > 1e-4, "the result is too exact for bfloat16, so autocast was not honoured"
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
 def test_the_density_without_gradients_is_the_engines(monkeypatch):
-    """Of images and of tokens: the model's own numbers by the error rule, own code where gradients are kept."""
+    """For images and for tokens, the engine's density obeys the error rule, and own code runs if gradients are kept."""
     from tarflow_fast.solvers import density as solver
 
     ran, encode = [], solver._encode

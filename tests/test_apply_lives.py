@@ -1,4 +1,4 @@
-"""A model that `apply_to` was applied to lives on: copies, weights, training, hooks, and its own code where needed."""
+"""A model's life after `apply_to`: copies, new weights, training, hooks, and a return to its own code if needed."""
 
 import copy
 import gc
@@ -16,11 +16,11 @@ from torch.nn.utils import parametrizations
 
 from tarflow_fast import ReferenceTarFlow, TarFlow, apply_to, remove_from
 
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def close(model, z, y=None):
-    """Whether the applied model gives what its own code gives, on its weights of this moment."""
+    """True if the applied model gives what its own code gives with its present weights. Otherwise it fails."""
     torch.testing.assert_close(model.reverse(z, y), own(model, z, y), rtol=1e-4, atol=1e-5)
     return True
 
@@ -41,7 +41,7 @@ def test_nothing_but_the_class_changes_and_remove_from_puts_it_back():
     assert vars(model) == before
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert apply_to(model) is model and type(model).__bases__ == (strangers.Model,), "applied twice"
+    assert apply_to(model) is model and type(model).__bases__ == (strangers.Model,), "apply_to ran twice"
     assert remove_from(model) is model
     assert type(model) is strangers.Model and vars(model) == before and type(other) is not strangers.Model
     assert remove_from(model) is model and type(model) is strangers.Model
@@ -109,7 +109,7 @@ def test_weights_are_those_of_the_moment():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_training_goes_on(fused):
-    """Every step is that of a model which was never touched, and reverse follows."""
+    """Every training step is the same as for an untouched model, and `reverse` uses the new weights."""
     model, plain = apply_to(strangers.images()), strangers.images()
     z, y = noise(model), labels()
     pictures = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(4))
@@ -270,7 +270,7 @@ def test_what_comes_later_is_honoured_by_the_models_own_code(change, reason, mon
         got = model.reverse(z.clone(), y)
     assert same_bits(got, own(model, z, y))
     undo()
-    assert same_bits(model.reverse(z, y), before), "the engines again"
+    assert same_bits(model.reverse(z, y), before), "the engines must run again after the change is undone"
 
 
 def test_dropout_in_training_mode_is_left_to_the_models_own_code():
@@ -285,7 +285,7 @@ def test_dropout_in_training_mode_is_left_to_the_models_own_code():
 
 
 class PermutationList(strangers.PermutationIdentity):
-    """Not a number, so that only asking it tells of a change."""
+    """A permutation that keeps its order in a list, so that a change shows only when the permutation is called."""
 
     def __init__(self, places):
         super().__init__()

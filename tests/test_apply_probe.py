@@ -1,4 +1,7 @@
-"""The probe of `apply_to`: the same modules, called otherwise, are refused, a fresh model's too."""
+"""The probe of `apply_to` refuses models whose modules are the same but whose code computes something else.
+
+It also refuses them when their weights still have their start values.
+"""
 
 import contextlib
 
@@ -10,7 +13,7 @@ from torch.nn import functional as F
 
 from tarflow_fast import apply_to
 
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 class ClippedBlock(strangers.MetaBlock):
@@ -99,7 +102,7 @@ class Clamped(strangers.Model):
 
 
 class LinearScale(strangers.Model):
-    """Anneals over T tokens, not T - 1."""
+    """A model whose guidance is annealed over T tokens instead of T - 1."""
 
     def reverse(self, x, y=None, guidance=0, attn_temp=1.0, annealed_guidance=False, return_sequence=False):
         guidance = guidance * (x.size(1) - 1) / x.size(1) if annealed_guidance else guidance

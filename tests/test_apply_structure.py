@@ -1,4 +1,4 @@
-"""The structures that `apply_to` refuses, with which message, and that nothing is changed then."""
+"""The structures that `apply_to` refuses, and the message of each. A refusal changes nothing in the model."""
 
 import re
 
@@ -10,11 +10,11 @@ from torch.nn.utils import parametrizations
 
 from tarflow_fast import ReferenceTarFlow, apply_to
 
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def refused(model, message):
-    """Apply, and look whether the refusal says this and leaves everything as it was."""
+    """Checks that `apply_to` refuses the model with this message, and that it leaves everything unchanged."""
     kind, attributes = type(model), {name: dict(vars(each)) for name, each in model.named_modules()}
     inner = {name: type(each) for name, each in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

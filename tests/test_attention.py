@@ -1,4 +1,4 @@
-"""attention: values, gradients, causality, bits and errors of every backend this process can run."""
+"""The op attention: values, gradients, causality, bits and errors of every backend that this process can run."""
 
 import os
 
@@ -24,7 +24,7 @@ def backend(request, device):
 
 @pytest.fixture(params=["tuned", "small"])
 def tiles(request, backend, monkeypatch):
-    """The tiles of tuning.py, and some so small that every loop runs several times."""
+    """Runs a test with the tiles of tuning.py, and with tiles so small that every loop runs several times."""
     if request.param == "small":
         if backend != "triton":
             pytest.skip("PyTorch has no tiles")
@@ -35,7 +35,7 @@ def tiles(request, backend, monkeypatch):
 
 
 def everything(backend, qkv, dout, temperature=1.0):
-    """(out, dqkv)"""
+    """The output and the gradient (out, dqkv) of one backend."""
     qkv = qkv.detach().requires_grad_()
     out = attention_qkv(qkv, temperature, backend)
     return out.detach(), torch.autograd.grad(out, qkv, dout)[0]
@@ -71,7 +71,7 @@ def test_three_tensors_or_one(backend, device):
     qkv, dout = attention_inputs(CASE, device=device)
     expected = everything(backend, qkv, dout)
     parts = [t.detach().requires_grad_() for t in qkv.unbind(2)]
-    assert all(a is b for a, b in zip(_readable(*parts), parts, strict=True)), "views of one tensor are read in place"
+    assert all(a is b for a, b in zip(_readable(*parts), parts, strict=True)), "views of one tensor need no copy"
     heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in qkv.detach().unbind(2)]
     uneven = [*(t.detach().requires_grad_() for t in qkv.unbind(2)[:2]), heads_first[2].detach().requires_grad_()]
     for leaves in (parts, heads_first, uneven):
@@ -89,10 +89,12 @@ def test_one_token(dtype, backend, device):
         pytest.skip(why_not)
     qkv, dout = attention_inputs(AttentionCase(2, 1, 2, 64), dtype, device)
     out, dqkv = everything(backend, qkv, dout)
-    # Its weight is 1, as a GPU has it 1 but for a rounding: it rounds (logit scale) - (logit scale) once, not twice.
+    # The weight of a single token is 1. On a GPU it is 1 but for a rounding, because (logit scale) - (logit scale) is
+    # rounded once there, not twice.
     rounding = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0}
     torch.testing.assert_close((out, dqkv[:, :, 2]), (qkv[:, :, 2], dout), **rounding)
-    # dq and dk are 0: the difference of two sums of the same 64 products, each off by at most 64 roundings of them
+    # dq and dk are 0 but for rounding. Each is a difference of two sums of the same 64 products, and each of these sums
+    # is off by at most 64 roundings of its products.
     query, key, value = qkv.double().unbind(2)
     off = 2 * 64 * 2**-24 * (value * dout.double()).abs().sum(-1, keepdim=True) / 64**0.5
     assert (dqkv[:, :, 0].abs() <= off * key.abs()).all() and (dqkv[:, :, 1].abs() <= off * query.abs()).all()
@@ -121,7 +123,7 @@ def test_rows_of_one_key_give_that_value(backend, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which warns
 def test_large_logits_and_nan(backend, tiles, device):
     qkv, dout = attention_inputs(AttentionCase(3, 36, 2, 16), device=device)
     clean, dclean = everything(backend, qkv, dout)
@@ -130,8 +132,8 @@ def test_large_logits_and_nan(backend, tiles, device):
     out, dqkv = everything(backend, qkv, dout)
     assert out[1].isfinite().all() and dqkv[1].isfinite().all()
     assert out[0, 25:, 1].isnan().all() and dqkv[0, 25, 1, 1].isnan().all()
-    assert same_bits(out[2], clean[2]) and same_bits(dqkv[2], dclean[2]), "a NaN reaches no other row"
-    assert same_bits(out[0, :25], clean[0, :25]), "a NaN in a key reaches no earlier token"
+    assert same_bits(out[2], clean[2]) and same_bits(dqkv[2], dclean[2]), "a NaN must reach no other row"
+    assert same_bits(out[0, :25], clean[0, :25]), "a NaN in a key must reach no earlier token"
     assert same_bits(out[0, :, 0], clean[0, :, 0]) and same_bits(dqkv[0, :, :, 0], dclean[0, :, :, 0])
 
 
@@ -141,7 +143,7 @@ def test_large_logits_and_nan(backend, tiles, device):
 @pytest.mark.interpreter
 def test_bits_do_not_depend_on_the_batch(backend, tiles, device):
     if backend == "torch":
-        pytest.skip("PyTorch promises nothing of the kind")
+        pytest.skip("PyTorch makes no such promise")
     inputs = attention_inputs(AttentionCase(3, 40, 1, 16), device=device)
     together = everything(backend, *inputs)
     assert all(map(same_bits, everything(backend, *inputs), together))
@@ -159,7 +161,7 @@ def test_bits_do_not_depend_on_the_order_of_work(backend, device, monkeypatch):
     inputs = attention_inputs(AttentionCase(1, 40, 3, 16), device=device)
     monkeypatch.setattr(tuning, "attention", lambda *shape: tuning.Tiles(32, 32, 4, 1))
     expected = everything(backend, *inputs)
-    for together in (1, 2):  # 3 heads: the last group is smaller
+    for together in (1, 2):  # there are 3 heads, so a last group of 2 is not full
         monkeypatch.setattr(tuning, "attention_heads_together", lambda *shape, count=together: count)
         assert all(map(same_bits, everything(backend, *inputs), expected)), together
 
@@ -170,12 +172,12 @@ def test_bits_do_not_depend_on_the_order_of_work(backend, device, monkeypatch):
 @pytest.mark.interpreter
 def test_opcheck(backend, device):
     if backend == "torch":
-        pytest.skip("the plain form stands outside the op")
+        pytest.skip("the plain form does not go through the op")
     qkv = attention_inputs(AttentionCase(1, 5, 1, 16), device=device)[0].requires_grad_()
     ops = torch.ops.tarflow_fast
     torch.library.opcheck(ops.attention_qkv.default, (qkv, 0.7, backend))
     parts = tuple(t.detach().clone().requires_grad_() for t in qkv.unbind(2))
-    quick = ("test_schema", "test_autograd_registration", "test_faketensor")  # the rest is the same code
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")  # the other utils would test the same code
     torch.library.opcheck(ops.attention.default, (*parts, 0.7, backend), test_utils=quick)
     saved = ops.attention.default(*(t.detach() for t in parts), 0.7, backend)
     arguments = (torch.ones_like(saved[0]), *(t.detach() for t in parts), *saved, 0.7, backend)
@@ -218,7 +220,7 @@ def test_transforms_take_the_plain_form():
 @pytest.mark.interpreter
 def test_second_derivative_is_refused(backend, device):
     if backend == "torch":
-        pytest.skip("PyTorch has its own")
+        pytest.skip("PyTorch has its own second derivative")
     qkv = attention_inputs(AttentionCase(1, 3, 1, 16), device=device)[0].requires_grad_()
     (first,) = torch.autograd.grad(attention_qkv(qkv, 1.0, backend).sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match=r"^attention: only backend 'torch' has a second derivative"):
@@ -264,7 +266,7 @@ def test_errors_of_the_packed_form():
 @pytest.mark.interpreter
 def test_other_head_sizes(backend, device, monkeypatch):
     if backend == "torch":
-        pytest.skip("PyTorch takes any")
+        pytest.skip("PyTorch takes any head size")
     qkv = torch.randn(1, 4, 3, 1, 24, device=device)
     message = "attention: backend 'triton' cannot run: it takes head sizes 16, 32, 64, 128, got 24"
     with pytest.raises(RuntimeError, match=message):

@@ -1,4 +1,4 @@
-"""`TarFlow.reverse` gives the bits of the stored table, under every instruction set of this machine (tests/bits.py)."""
+"""`TarFlow.reverse` gives the bits that tests/bits.json stores, with each instruction set that this machine can run."""
 
 import json
 
@@ -15,16 +15,16 @@ AGAIN = "a change that means to move bits says so and runs `python tests/bits.py
 
 @pytest.fixture
 def same_build():
-    """Skips where the library is another one than the table's: the compiler may order the same sums differently."""
+    """Skips if the library was built otherwise than for the table, because a compiler may order sums differently."""
     if BEST is None:
         pytest.skip(native.reason())
     for what, built in bits.build().items():
         if built != TABLE["build"][what]:
-            pytest.skip(f"another {what} than the table's: built with {built}, stored {TABLE['build'][what]}")
+            pytest.skip(f"the table has another {what}: built with {built}, stored {TABLE['build'][what]}")
 
 
 def test_inputs():
-    """Weights and noise are the table's, bit for bit, with every PyTorch, library or not."""
+    """Weights and noise are those of the table, bit for bit, with every PyTorch, and also without the library."""
     assert bits.inputs() == TABLE["inputs"]
 
 
@@ -43,7 +43,7 @@ def test_rows(isa, same_build):
 
 
 def test_rows_see_one_bit(same_build):
-    """The last bit of one number of the noise is another: the row is another, and the report names it."""
+    """If the last bit of one number of the noise changes, the row's value changes, and the report names that row."""
     stored, name, key = TABLE["rows"][BEST], "digits", "digits, fp32, three"
     model = bits.make_flow(name)
     noise = bits.make_noise(model, name, 3)

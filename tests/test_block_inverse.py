@@ -1,6 +1,6 @@
-"""block_inverse: the native engine against float64, against plain PyTorch, and against itself, bit for bit.
+"""block_inverse: the native engine is compared with float64, with plain PyTorch, and bit for bit with itself.
 
-TARFLOW_SWEEP=2000 draws that many blocks instead of a few, in every test that draws.
+TARFLOW_SWEEP=2000 makes every test that draws blocks draw 2000 of them instead of a few.
 """
 
 import copy
@@ -52,7 +52,10 @@ def test_error_rule_over_drawn_blocks():
 
 @pytest.mark.every_isa
 def test_int8_is_the_block_with_rounded_weights():
-    """Against float64 on the weights it stores, int8 is held to the rule of bf16, the precision of its cache."""
+    """int8 is compared with float64 on the rounded weights that it stores.
+
+    It must meet the bound of bf16, because its cache is bf16.
+    """
     for seed in range(1000, 1000 + max(SWEEP // 4, 6)):
         case = draw_case(seed)
         rounded = copy.deepcopy(case.block)
@@ -97,7 +100,7 @@ def test_log_det_is_that_of_the_forward_pass():
 @pytest.mark.every_isa
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_bits_do_not_depend_on_threads_split_or_grouping(precision, threads):
-    for channels, head_size in ((128, 64), (96, 32), (144, 48)):  # heads that do and do not divide among the threads
+    for channels, head_size in ((128, 64), (96, 32), (144, 48)):  # heads can or cannot be divided evenly among threads
         case = small_case(channels=channels, head_size=head_size, B=9)
         threads(1)
         x, log_det = run(case, precision)
@@ -114,7 +117,7 @@ def test_bits_do_not_depend_on_threads_split_or_grouping(precision, threads):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("guided", [False, True])
 def test_bits_of_few_rows_whose_threads_share_sums(precision, guided, threads, monkeypatch):
-    """One row, whose threads go on from any stage at which another number of them stopped."""
+    """The bits of one row do not change when a call stops at any stage and goes on with another number of threads."""
     for sizes in (dict(channels=128), dict(channels=256), dict(channels=160, head_size=32)):
         case = small_case(B=1, num_tokens=9, num_classes=0, **sizes)
         case = case._replace(guidance=Guidance(1.5, attn_temp=0.8) if guided else Guidance())
@@ -147,7 +150,7 @@ def test_a_row_has_the_same_bits_in_any_company(precision):
     case = small_case(B=7)
     x, log_det = run(case, precision)
     order = torch.tensor([4, 0, 6, 6, 2])
-    strange = torch.full_like(case.z[:1], torch.inf)  # a neighbour that overflows
+    strange = torch.full_like(case.z[:1], torch.inf)  # this neighbouring row overflows
     mixed = case._replace(z=torch.cat([strange, case.z[order]]), y=torch.cat([case.y[:1], case.y[order]]))
     got = run(mixed, precision)
     assert same_bits(got[0][1:], x[order]) and same_bits(got[1][1:], log_det[order])
@@ -182,7 +185,10 @@ def test_every_block_of_a_model_is_inverted_natively_by_default():
 
 @pytest.mark.filterwarnings("ignore:tarflow_fast inverts")
 def test_what_a_hook_does_to_a_later_block_is_seen():
-    """Block 1 comes first, through its modules; its hook lays out block 0's last weight otherwise, or doubles it."""
+    """Block 1 is inverted first, by its modules, because it has a hook. The hook changes the last Linear of block 0.
+
+    It gives the weight another layout, or it puts a `Scaled` in the place of the Linear.
+    """
     model = random_flow()
     z, last = random_noise(model), model.blocks[0].proj_out
     layout, scaled = last.weight.data.t().contiguous().t(), Scaled(64, last.out_features)
@@ -232,7 +238,7 @@ STRANGERS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", STRANGERS)
-def test_the_engine_steps_aside_and_says_why(name, untold):
+def test_the_engine_steps_aside_and_says_why(name, fresh_warnings):
     change, reason = STRANGERS[name]
     block = replaced(change)
     assert refusal(block).startswith(reason)
@@ -241,8 +247,8 @@ def test_the_engine_steps_aside_and_says_why(name, untold):
         block.invert(z, None, Guidance(), Call("cpu"))
     with pytest.raises(RuntimeError, match="precision 'int8' needs an engine that computes in it: "):
         block.invert(z, None, Guidance(), Call(precision="int8"))
-    if name not in ("mixed dtypes", "a forward of its own"):  # those run nowhere
-        float64 = name == "float64"  # no precision of the engine's: nothing about this block to warn of
+    if name not in ("mixed dtypes", "a forward of its own"):  # no engine runs those two
+        float64 = name == "float64"  # the engine never computes in float64, so this block gives no warning
         with nullcontext() if float64 else pytest.warns(RuntimeWarning, match=f"instead of 'cpu': {reason}"):
             x, _ = block.invert(z, None, Guidance())
         assert same_bits(x, block.invert(z, None, Guidance(), Call("torch"))[0])
@@ -271,7 +277,7 @@ def test_weights_are_read_anew_by_every_call():
     case = small_case()
     before = case.block.invert(*case[1:])[0]
     with torch.no_grad():
-        case.block.attn_blocks[0].mlp.main[2].weight.data.mul_(1.5)  # through .data: no version counter moves
+        case.block.attn_blocks[0].mlp.main[2].weight.data.mul_(1.5)  # .data moves no version counter
     after = case.block.invert(*case[1:])[0]
     assert not same_bits(before, after) and same_bits(after, run(case)[0])
 

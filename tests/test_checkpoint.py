@@ -1,4 +1,4 @@
-"""Files: what is saved comes back, the original's .pth files load, writes are whole or not at all."""
+"""Files: what is saved can be loaded, the original's .pth files load, and a file is written whole or not at all."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_checkpoint_of_the_original_loads_by_its_shapes(tmp_path, config, form):
     model = random_flow(**config)
     original = ReferenceTarFlow(**model.config)
     original.load_state_dict(model.state_dict())
-    state = {key: value.clone() for key, value in original.state_dict().items()}  # with masks
+    state = {key: value.clone() for key, value in original.state_dict().items()}  # includes the masks
     prefix = {"ddp": "module.", "compiled": "module._orig_mod."}.get(form, "")
     state = {prefix + key: value for key, value in state.items()}
     path = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pth")

@@ -1,4 +1,4 @@
-"""The command line: what is written, what is printed, exit codes, one clean line for every mistake."""
+"""The command line: what it writes and prints, its exit codes, and one clean line for every mistake."""
 
 import json
 import re
@@ -29,12 +29,12 @@ def one_thread(threads):
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory):
-    """The folder of a tiny digits flow."""
+    """The folder of a tiny flow trained on digits."""
     return train(tiny(tmp_path_factory.mktemp("flow"), epochs=1.0)).model
 
 
 def run(capsys, *args):
-    """(exit code, standard output, standard error) of a command in this process."""
+    """Runs a command in this process and returns (exit code, standard output, standard error)."""
     code = main([str(arg) for arg in args])
     output = capsys.readouterr()
     return code, output.out, output.err
@@ -139,7 +139,7 @@ def test_sample_refuses_before_it_works(tmp_path, capsys, monkeypatch, flow, fla
     assert (code, out, err) == (2, "", f"error: {message}\n") and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["sample", "evaluate", "info digits", "verify"])
 def test_a_gpu_that_is_not_there(capsys, command):
     code, _, err = run(capsys, *command.split(), "--device", "cuda")
@@ -171,7 +171,7 @@ def test_evaluate_is_the_mean_of_bits_per_dim(flow):
     model, digits = TarFlow.from_pretrained(flow), load_digits().subset(torch.arange(70))
     bits = evaluate(model, digits, n_draws=40, batch_size=32)
     expected = model.bits_per_dim(digits.images, digits.labels, levels=17, n_draws=40, seed=123)
-    spread = (bits.bits - expected).std() / 70**0.5  # two estimates of the same bits
+    spread = (bits.bits - expected).std() / 70**0.5  # of the difference of two estimates of the same mean
     assert bits.bits.shape == (70,) and abs(bits.mean - expected.mean().item()) < 5 * spread
     unlabeled = evaluate(model, digits, conditional=False)
     assert unlabeled.mean != bits.mean
@@ -192,7 +192,7 @@ print(peak() - before, known.images.numel())
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the test reads /proc")
 def test_histogram_bits_takes_less_memory_than_twice_the_images():
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

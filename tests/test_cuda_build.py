@@ -1,4 +1,4 @@
-"""The CUDA library compiles, holds what its header declares, and loads where there is no GPU."""
+"""The CUDA library compiles, exports exactly what its header declares, and loads where there is no GPU."""
 
 import ctypes
 import importlib.util
@@ -54,7 +54,7 @@ def test_it_loads_without_a_gpu(built, monkeypatch):
         assert library.tf_cuda_affine_scratch(3, 1000, 12) >= 3 * 8
         nowhere = [None] * 5 + [1, 1, 1, 0, 0]
         pair = native.DTYPES[torch.float16], native.DTYPES[torch.float64]
-        assert library.tf_cuda_affine_forward(*nowhere, *pair, None) == 1  # TF_CUDA_BAD_DTYPE, before any launch
+        assert library.tf_cuda_affine_forward(*nowhere, *pair, None) == 1  # 1 is TF_CUDA_BAD_DTYPE, before any launch
         assert library.tf_cuda_error(native_cuda.FAILED + 1) == b"invalid argument"
     finally:
         native_cuda._load.cache_clear()
@@ -70,7 +70,7 @@ def test_code_for_each_gpu_and_no_spills(built):
 
     assert {"sm_80", "sm_90"} <= set(re.findall(r"sm_\d+", told("--list-elf"))) and "sm_90" in told("--list-ptx")
     used = [dict(re.findall(r"(\w+):(\d+)", line)) for line in told("-res-usage").splitlines() if "REG:" in line]
-    assert len(used) >= 2 * 24, "forward and backward, 6 pairs of types, packed and not, for 2 machines"
+    assert len(used) >= 2 * 24, "2 directions, 6 pairs of types, packed and not, 2 machines: 48 kernels"
     assert not [kernel for kernel in used if int(kernel["STACK"]) or int(kernel["LOCAL"])]
 
 

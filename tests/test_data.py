@@ -1,4 +1,4 @@
-"""Images in: exact pixels, classes by name, an order that is a function of (seed, sample number)."""
+"""Reading images: pixels are exact, classes go by name, and (seed, sample number) alone decides the order."""
 
 import sys
 
@@ -15,7 +15,7 @@ from tarflow_fast import data
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two classes, cat and dog, of three and two random 6x6 RGB pictures: (folder, the five pictures in order)."""
+    """(folder, its five pictures in order): random 6x6 RGB pictures, three of class cat and two of class dog."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
     names = ["cat/a.png", "cat/b.PNG", "cat/c.png", "dog/1.png", "dog/2.png"]
     for name, picture in zip(names, pixels, strict=True):
@@ -68,12 +68,12 @@ def test_grey_is_pillows_grey(pictures):
 
 def test_centre_crop_then_antialiased_resize(tmp_path):
     stripes = np.zeros((8, 24), dtype=np.uint8)
-    stripes[:, 8:16] = np.indices((8, 8)).sum(0) % 2 * 255  # a checkerboard in the middle third
+    stripes[:, 8:16] = np.indices((8, 8)).sum(0) % 2 * 255  # the middle third is a checkerboard
     stripes[:, :8], stripes[:, 16:] = 10, 240
     path = write_image(tmp_path / "wide.png", stripes)
     whole = data.read_image(path, (8, 8), 1)
     assert np.array_equal(whole[0].numpy(), stripes[:, 8:16])
-    # without antialiasing a 2:1 reduction of a checkerboard is all black or all white
+    # Without antialiasing, a checkerboard at half its size would be all black or all white.
     small = data.read_image(path, (4, 4), 1)
     assert small.shape == (1, 4, 4) and small.float().sub(127.5).abs().max() <= 32
     assert data.read_image(path, (4, 12), 1)[0, :, 0].float().sub(10).abs().max() <= 1
@@ -81,7 +81,7 @@ def test_centre_crop_then_antialiased_resize(tmp_path):
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned a quarter clockwise
+    exif[0x0112] = 6  # a viewer must turn the picture by a quarter clockwise
     path = write_image(tmp_path / "turned.png", [[0, 100], [150, 255]], exif=exif)
     assert data.read_image(path, (2, 2), 1)[0].tolist() == [[150, 0], [255, 100]]
 

@@ -1,4 +1,4 @@
-"""The shipped flow and the demo: readable digits, the same numbers as the reference, and an alarm that rings."""
+"""The shipped flow and the demo: digits are readable, numbers agree with the reference, and wrong ones are reported."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_shipped_flow_is_small_and_says_where_it_is_from():
 
 
 def test_shipped_flow_draws_readable_digits_and_denoising_cleans_them():
-    """A classifier of real digits reads the guided samples; denoised ones lie nearer to real digits than raw ones."""
+    """A classifier of real digits reads the samples, and denoised samples lie nearer to real digits than raw ones."""
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC
 
@@ -52,7 +52,7 @@ def test_shipped_flow_draws_readable_digits_and_denoising_cleans_them():
     assert min(right[y.numpy() == label].mean() for label in range(10)) >= 0.6
     nearest = [np.linalg.norm(pixels(x)[:, None] - real.data[None], axis=2).min(1) for x in (raw, clean)]
     assert (nearest[1] < nearest[0]).mean() > 0.95
-    # white where ink is, black where paper is: the noise of 0.1 is off the paper
+    # Ink is white and paper is black. Denoising must take the noise of 0.1 off the paper.
     paper = pixels(raw) < 1.0
     assert pixels(clean)[paper].std() < 0.7 * pixels(raw)[paper].std()
 
@@ -71,7 +71,7 @@ def test_demo_draws_checks_and_times(tmp_path, capsys):
     assert float(error) < 1e-3 and "is within the limit" in report
     picture = np.asarray(Image.open(tmp_path / "d" / "samples.png"))
     assert picture.shape == (40 + 10 * 52 + 4 + 16, 3 * (10 * 52 + 4) + 4 * 16, 3)
-    # the middle panel is the flow's own answer, pixel for pixel
+    # The middle panel must show the flow's own result, pixel for pixel.
     model, _ = open_flow("digits")
     y = torch.arange(10).repeat_interleave(10)
     noise = torch.randn(100, model.num_tokens, model.token_size, generator=torch.Generator().manual_seed(3))
@@ -91,7 +91,7 @@ def test_demo_rings_when_the_numbers_are_off(tmp_path, capsys, monkeypatch):
 
 
 def test_limit_of_agreement():
-    """Twice PyTorch's own error, and two steps of float32 at the largest value."""
+    """The limit is twice PyTorch's own error plus two float32 steps (ulp) at the largest value."""
     eps, truth = torch.finfo(torch.float32).eps, torch.tensor([1.0, -0.25], dtype=torch.float64)
 
     def agree(ours, theirs):
@@ -106,7 +106,7 @@ def test_limit_of_agreement():
 def test_both_are_timed_by_turns():
     calls = []
     timings = demo.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 3)
-    assert calls == list("abababab")  # one turn that is not timed, then three
+    assert calls == list("abababab")  # one turn is not timed, then three are
     assert [len(timing.seconds) for timing in timings] == [3, 3]
     assert demo.Timing([3.0, 1.0, 2.0]).median == 2.0
 

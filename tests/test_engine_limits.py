@@ -1,4 +1,4 @@
-"""What the engine refuses, what it costs, and how it lives with signals, forks and threads."""
+"""What the native engine refuses, what it costs, and how it copes with signals, forks and threads."""
 
 import copy
 import signal
@@ -169,12 +169,12 @@ print(min(waited), max(waited))
 
 @pytest.mark.parametrize(
     "C, T, L, B", [(768, 64, 2, 24), (128, 512, 4, 16), (768, 8, 1, 1024)]
-)  # columns, rows, groups
+)  # the threads share columns in the first case and rows in the second; the third case is inverted in groups
 def test_ctrl_c_is_answered_within_a_fifth_of_a_second(C, T, L, B):
     done = run_python(INTERRUPTED.format(C=C, T=T, L=L, B=B))
     assert done.returncode == 0, done.stderr
     fastest, slowest = map(float, done.stdout.split())
-    assert fastest < 0.2 and slowest < 1.0, "the slowest has room for a machine that is busy with other work"
+    assert fastest < 0.2 and slowest < 1.0, "the slowest may take longer, because the machine may be busy otherwise"
 
 
 FORKED = """
@@ -215,7 +215,7 @@ def test_a_forked_child_refuses_what_it_inherited_and_works_by_itself():
 
 @linux
 def test_threads_sleep_after_the_call(threads):
-    """Nothing of the engine goes on spinning; OpenMP's own workers may, for some milliseconds."""
+    """No thread of the engine spins after a call. OpenMP's own workers may spin for some milliseconds."""
     threads(2)
     run(small_case())
     time.sleep(0.3)

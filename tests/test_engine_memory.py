@@ -1,4 +1,4 @@
-"""The native engine and memory: limits met by groups, bytes stated and taken, nothing kept that is not given back."""
+"""The native engine and memory: groups keep within limits, bytes taken are the bytes stated, and nothing leaks."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_a_limit_is_met_with_smaller_groups_and_the_same_bits():
     engine = Engine("fp32", memory_limit=one)
     assert same_bits(engine.invert(*given(case), on_token=lambda: seen.append(1))[0], expected)
     assert engine._workspace.rows == 2 and engine._plan.bytes + engine._workspace.bytes <= one
-    assert len(seen) == 20, "progress counts a block's tokens once, in however many groups"
+    assert len(seen) == 20, "progress must count a block's tokens once, whatever the number of groups"
     with pytest.raises(MemoryError, match=rf"one row needs {one:,} bytes .* over the limit of {one - 1:,}$"):
         run(case, memory_limit=one - 1)
 
@@ -51,7 +51,7 @@ def test_a_large_batch_is_inverted_in_groups(monkeypatch):
     case = small_case(B=9)
     expected, engine = run(case)[0], Engine("fp32")
     assert engine_module.MOST_ROWS * 2 * 1024**2 * 24 < 0.2 * 200e9, (
-        "of a layer of C 1024, within 200 ms at 200 GFLOP/s"
+        "a layer of C 1024 must take less than 200 ms at 200 GFLOP/s"
     )
     monkeypatch.setattr(engine_module, "MOST_ROWS", 8)
     assert same_bits(engine.invert(*given(case))[0], expected) and engine._group == 3

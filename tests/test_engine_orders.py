@@ -1,4 +1,4 @@
-"""The native engine over tokens in any order: bit for bit the same as over the same tokens laid out in that order."""
+"""The native engine with tokens in any order gives the bits of the same tokens laid out in that order."""
 
 import copy
 import ctypes
@@ -23,14 +23,14 @@ OUTSIDE = (-1, T, 2**31 - 1, -(2**31))
 
 
 def in_order(case, places):
-    """The case whose block sees its tokens as they lie, laid out as one that takes them in this order sees them."""
+    """The case laid out anew: its block sees the tokens as they lie, in the order that `places` gives."""
     block = copy.deepcopy(case.block)
     block.pos_embed.data = block.pos_embed.data[places].clone()
     return case._replace(block=block, z=case.z[:, places].contiguous())
 
 
 class Inversion:
-    """One inversion through tf_invert itself, its results filled with 7 first."""
+    """One inversion that calls tf_invert itself. The results are filled with 7 before it."""
 
     def __init__(self, case, precision, order, split="auto"):
         B, guidance = case.z.size(0), case.guidance
@@ -48,7 +48,7 @@ class Inversion:
         self.stage = ctypes.c_int64(0)
 
     def run(self):
-        """The status of the first call that is not 0, or 0 at the end."""
+        """The status of the first call that fails, or 0 if every call succeeds."""
         handles, status = (self.plan.handle, self.workspace.handle), 0
         job = ctypes.byref(self.job), ctypes.byref(self.stage)
         while status == 0 and self.stage.value < (T - 1) * (self.sizes.layers + 2):
@@ -72,7 +72,7 @@ def test_an_order_is_the_tokens_laid_out_in_it(name, guided, precision, threads)
         assert inversion.run() == 0
         assert same_bits(inversion.x[:, places], x)
         assert same_bits(inversion.log_det.float(), log_det)
-        assert not same_bits(inversion.x, run(case, precision)[0]), "the order must matter here"
+        assert not same_bits(inversion.x, run(case, precision)[0]), "the order must matter in this test"
 
 
 def test_no_order_is_that_of_the_tokens_and_flip_is_its_reverse():

@@ -1,4 +1,4 @@
-"""What a pass of the native engine computes: windows of tokens, and the class embeddings its labels stand for."""
+"""What a pass of the native engine computes: windows of tokens, and the class embeddings that labels stand for."""
 
 import copy
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() o
 
 
 def net(case, precision, cuts, rows=3):
-    """ab of every token of `rows` rows, the sequence cut into passes at `cuts`."""
+    """ab of every token of `rows` rows. Each pair in `cuts` is the range of tokens of one pass."""
     block, T = case.block, case.z.size(1)
     weights = inspect(block)
     sizes = Sizes.of(weights, block.transform, precision)
@@ -71,7 +71,7 @@ def test_later_tokens_of_a_window_cannot_touch_earlier_ones(precision):
     clean = net(case, precision, [(0, 40)])
     for last in (0, 15, 16, 30):
         z = case.z.clone()
-        z[:, : 40 - last - 1] = torch.nan  # flipped: the tokens after `last`
+        z[:, : 40 - last - 1] = torch.nan  # the block flips, so these come after `last`
         assert same_bits(net(case._replace(z=z), precision, [(0, 40)])[:, : last + 1], clean[:, : last + 1])
 
 
@@ -90,7 +90,7 @@ def test_a_window_may_be_run_again_with_other_values():
 @pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_class_embeddings_are_those_of_the_labels_or_their_mean(dtype):
-    """With everything else zero, h is the class embedding and proj_out, an identity, shows it."""
+    """All other weights are zero, so h is the class embedding, and proj_out is the identity, so the result shows h."""
     generator = torch.Generator().manual_seed(0)
     block = MetaBlock(32, 64, 3, False, 1, head_size=16, num_classes=20)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_a_label_past_the_classes_is_refused():
     block, z = random_flow(num_classes=3).blocks[0], torch.randn(2, 16, 4)
     with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
         Engine("fp32").invert(block.bijection, z, torch.tensor([0, 3]), Guidance())
-    many, y = torch.randn(600, 16, 4), torch.zeros(600, dtype=torch.int64)  # more than one group of rows
+    many, y = torch.randn(600, 16, 4), torch.zeros(600, dtype=torch.int64)  # the rows make more than one group
     y[-1] = 3
     with pytest.raises(ValueError, match=r"^block_inverse: y must be below num_classes = 3$"):
         Engine("fp32").invert(block.bijection, many, y, Guidance())
@@ -125,7 +125,10 @@ def test_a_label_past_the_classes_is_refused():
 
 
 def test_labels_are_read_once(monkeypatch):
-    """Another thread may write the caller's while the engine runs: it then neither mixes nor reads past the table."""
+    """Another thread may change the caller's labels while the engine runs.
+
+    The engine must neither mix old and new labels nor read past its table of classes.
+    """
     block, z, y = random_flow(num_classes=3).blocks[0], torch.randn(3, 16, 4), torch.tensor([0, 1, 2])
     right, run_native = Engine("fp32").invert(block.bijection, z, y, Guidance())[0], Engine._run
 

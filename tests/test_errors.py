@@ -1,4 +1,4 @@
-"""Bad input: one table. Each row is a call and the exact message; afterwards the model, and the disk, are as before."""
+"""Bad input, in one table. Each row is a call and its exact message. The call must change neither model nor disk."""
 
 import pickle
 import re
@@ -16,7 +16,7 @@ from tarflow_fast.files import load_tensors
 MODEL = random_flow(num_classes=3)
 PLAIN = random_flow()
 X, Z, Y = random_images(MODEL), random_noise(MODEL), torch.tensor([0, 1])
-TOKENS, ROWS = random_tokens_flow(), draw_rows(2, 5, 3)  # T 5, D 3
+TOKENS, ROWS = random_tokens_flow(), draw_rows(2, 5, 3)  # T = 5, D = 3
 PIXELS = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
 
 WITHOUT_GPU = "it needs GPU tensors, or TRITON_INTERPRET=1 for CPU tensors, got cpu"

@@ -1,4 +1,4 @@
-"""freeze(): packed weights kept between calls, the same bits, and changes noticed."""
+"""freeze() keeps packed weights between calls, gives the same bits, and notices when weights change."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def flow(seed=0, **config):
 
 @pytest.fixture
 def packed(monkeypatch):
-    """Grows by one for every plan packed."""
+    """A list that grows by one entry for every plan that is packed."""
     count, pack = [], Plan.pack
     monkeypatch.setattr(Plan, "pack", lambda self, weights: count.append(self.sizes.precision) or pack(self, weights))
     return count
@@ -81,7 +81,7 @@ class Doubled(torch.nn.Linear):
 
 
 def adapt(model):
-    """As adapters do: another module in the place of a Linear, with its parameters."""
+    """Does what adapters do: puts another module in the place of a Linear, and gives it the same parameters."""
     mlp, other = model.blocks[1].attn_blocks[0].mlp, Doubled(256, 64)
     other.weight, other.bias = mlp.main[2].weight, mlp.main[2].bias
     mlp.main[2] = other
@@ -236,7 +236,7 @@ def test_the_memory_limit_counts_every_plan(monkeypatch):
         frozen = model._frozen
         assert same_bits(model.reverse(noise, memory_limit=limit), expected)
         assert plans < max(taken) <= limit and frozen.held == frozen.bytes_for("fp32") == plans
-    assert frozen.bytes_for("bf16") > plans, "plans of other precisions stay"
+    assert frozen.bytes_for("bf16") > plans, "plans of other precisions must be kept"
 
 
 def test_two_threads_share_the_plans(packed):
@@ -254,12 +254,12 @@ def test_two_threads_share_the_plans(packed):
         worker.start()
     for worker in workers:
         worker.join()
-    assert not wrong and len(packed) >= BLOCKS  # both may come first
+    assert not wrong and len(packed) >= BLOCKS  # both workers may be first, and then both pack
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks")
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="the test forks")
 def test_a_forked_child_packs_its_own(threads):
-    threads(1)  # OpenMP's own threads do not survive a fork
+    threads(1)  # because OpenMP's own threads do not survive a fork
     model = flow().freeze()
     noise = random_noise(model)
     expected = model.reverse(noise)

@@ -1,4 +1,4 @@
-"""With frozen weights a backward pass computes gradients of the input alone: nothing is launched for a weight's."""
+"""With frozen weights, a backward pass computes only the input's gradient: no kernel runs for a weight's gradient."""
 
 import collections
 
@@ -27,7 +27,7 @@ class Products(TorchDispatchMode):
 
 
 class Launches:
-    """Stands before a kernel and notes its launches and flags."""
+    """Stands in front of a kernel and counts its launches by their flags."""
 
     def __init__(self, name, kernel, seen):
         self.name, self.kernel, self.seen = name, kernel, seen
@@ -57,7 +57,7 @@ def seen(device, monkeypatch):
 
 
 def backward(device, seen, frozen, dtype):
-    """(launches of kernels, matrix products) of the backward pass, and dx."""
+    """The kernel launches of the backward pass, its number of matrix products, and dx."""
     model = random_flow(img_size=4, layers_per_block=LAYERS, num_blocks=BLOCKS, backend="triton").to(device)
     model.requires_grad_(not frozen)
     x = random_images(model).to(device).requires_grad_()
@@ -84,11 +84,11 @@ def test_frozen_weights_launch_nothing_for_a_weight(dtype, seen, device):
     }
     expected |= {("layer_norm backward", ("WEIGHTS", False)): 2 * layers}
     expected |= {("bias_gelu backward", ("BIAS", False)): layers}
-    if dtype != torch.float32:  # of another dtype than the stream, so its gradient is written, and nothing else
+    if dtype != torch.float32:  # the input's dtype is not the stream's, so its gradient is written; nothing else is
         expected |= {("bias_residual backward", ("BIAS", False), ("INPUT", True)): 2 * layers}
     assert frozen == expected
-    assert every[("columns sum",)] == 5 * layers, "the comparison: two norms and three biases a layer"
-    # Four Linears a layer, proj_in and proj_out: dx and dw of each, or dx alone.
+    assert every[("columns sum",)] == 5 * layers, "unfrozen, a layer sums the gradients of two norms and three biases"
+    # A layer has four Linears, and a block has proj_in and proj_out. Each needs dx and dw, or dx alone if frozen.
     linears = 4 * layers + 2 * BLOCKS
     assert (products, fewer_products) == (2 * linears, linears)
     assert torch.equal(dx, same_dx)

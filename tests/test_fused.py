@@ -1,4 +1,4 @@
-"""The fused layer: a whole model's numbers, gradients and training against the reference, and when it steps aside."""
+"""The fused layer: numbers, gradients and training of a whole model against the reference, and when it is not used."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def model(device):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the kernels launched."""
+    """Counts the kernel launches of each op."""
     from tarflow_fast.kernels.triton import attention, bias_gelu, bias_residual, layer_norm
 
     count = dict.fromkeys(("attention", "bias_gelu", "bias_residual", "layer_norm"), 0)
@@ -55,7 +55,7 @@ def images_for(model):
 
 
 def everything(model, x, parameters=True):
-    """[z, logdets, dx, gradients of the parameters ...] of the training loss."""
+    """[z, logdets, dx, gradients of the parameters ...], where the gradients are those of the training loss."""
     x = x.detach().requires_grad_()
     z, _, logdets = model(x, Y.to(x.device))
     wanted = [x, *(model.parameters() if parameters else ())]
@@ -63,7 +63,7 @@ def everything(model, x, parameters=True):
 
 
 def judged(model, x, values=None):
-    """`everything`, but with the log-determinants of 24 images: those of two are too few numbers to judge by."""
+    """The values of `everything` with the log-determinants of 24 images, because two are too few numbers to judge."""
     values = values or everything(model, x)
     images = torch.randn(24, *x.shape[1:], generator=torch.Generator().manual_seed(3)).to(x)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_frozen_weights_give_the_same_input_gradients(model, device, monkeypatch
     model.requires_grad_(False)
     from tarflow_fast.kernels.triton import columns
 
-    monkeypatch.setattr(columns, "sum_kernel", None)  # no gradient of a weight is added up
+    monkeypatch.setattr(columns, "sum_kernel", None)  # no weight's gradient is summed
     assert same_bits(everything(model, x, parameters=False)[2], expected)
 
 
@@ -176,7 +176,7 @@ class Double(nn.Module):
 
 
 class Marked(torch.Tensor):
-    """A stand-in for the weights of quantization and sharding, which are tensors of a class of their own."""
+    """A stand-in for quantized and sharded weights, whose tensors have a class of their own."""
 
 
 def patch(layer):
@@ -213,7 +213,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("reason", CHANGES)
-def test_a_changed_layer_is_left_to_its_modules(reason, untold):
+def test_a_changed_layer_is_left_to_its_modules(reason, fresh_warnings):
     model = random_flow(**CONFIG)
     layer, other = model.blocks[0].attn_blocks[0], model.blocks[1].attn_blocks[0]
     assert why_not_fused(layer) == ""
@@ -221,7 +221,7 @@ def test_a_changed_layer_is_left_to_its_modules(reason, untold):
     assert why_not_fused(layer) == reason and why_not_fused(other) == ""
     with pytest.warns(RuntimeWarning, match=f"by its modules instead of fused kernels: {re.escape(reason)} "):
         assert not takes_fused_layer(layer, torch.zeros(1, 2, 64), "triton")
-    assert not takes_fused_layer(layer, torch.zeros(1, 2, 64), "triton"), "told once"
+    assert not takes_fused_layer(layer, torch.zeros(1, 2, 64), "triton"), "the warning must be given once"
 
 
 def test_hooks_on_every_module_are_honoured():
@@ -233,8 +233,8 @@ def test_hooks_on_every_module_are_honoured():
 
 
 @pytest.mark.interpreter
-def test_changed_layers_change_the_model(model, calls, untold):
-    """One layer with an adapter and one without: both count, each in its own way."""
+def test_changed_layers_change_the_model(model, calls, fresh_warnings):
+    """One layer has an adapter and runs by its modules, the other runs fused, and both change the result."""
     layer, x = model.blocks[1].attn_blocks[0], images_for(model)
     layer.attention.qkv = Adapter(layer.attention.qkv).to(x.device)
     with pytest.warns(RuntimeWarning, match="instead of fused kernels: attention.qkv is a Adapter"):
@@ -244,7 +244,7 @@ def test_changed_layers_change_the_model(model, calls, untold):
     torch.testing.assert_close(z, model(x)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_changed_layer_is_compiled_without_a_graph_break(untold):
+def test_a_changed_layer_is_compiled_without_a_graph_break(fresh_warnings):
     layer, h = random_flow(**CONFIG).blocks[0].attn_blocks[0], torch.randn(2, 10, 64)
     layer.attention.qkv = Adapter(layer.attention.qkv)
     expected = layer(h)
@@ -259,7 +259,7 @@ def test_cpu_tensors_are_left_to_the_modules():
     model, x = random_flow(**CONFIG), random_images(random_flow(**CONFIG))
     layer, h = model.blocks[0].attn_blocks[0], torch.randn(2, 10, 64)
     assert not takes_fused_layer(layer, h, "auto") and not takes_fused_layer(layer, h, "cpu")
-    assert takes_fused_layer(layer, h, "triton"), "asked for by name: the ops say why they cannot run"
+    assert takes_fused_layer(layer, h, "triton"), "if asked for by name, the ops say why they cannot run"
     with pytest.raises(RuntimeError, match=r"^layer_norm: backend 'triton' cannot run"):
         model.backend = "triton"
         model(x)

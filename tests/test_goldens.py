@@ -1,7 +1,7 @@
-"""Every tensor the original implementation gave, through the reference and through TarFlow.
+"""The reference and TarFlow must give every tensor that the original implementation gave.
 
-Rule: error against float64 at most twice the original's own error, plus 1e-6. Where the original stored no float64
-twin, the float64 reference (itself held to the stored twins here) is the judge.
+The error against float64 may be at most twice the original's own error, plus 1e-6. Where the golden has no float64
+twin of a tensor, the float64 reference serves as the truth. It is itself tested here against the twins that there are.
 """
 
 import json
@@ -46,7 +46,7 @@ def golden(request):
 
 
 def check(ours, original, truth, what):
-    """ours against truth, within twice the original's own error + 1e-6."""
+    """Checks that the error of `ours` is at most twice the original's own error, plus 1e-6."""
     assert ours.shape == original.shape, f"{what}: shape {tuple(ours.shape)}, original {tuple(original.shape)}"
     error = (ours.double() - truth.double()).abs().max().item()
     bound = 2 * (original.double() - truth.double()).abs().max().item() + 1e-6

@@ -1,4 +1,4 @@
-"""bench/gpu.py and bench/roofline.py run from a bare checkout: here, without a GPU, the former as a dry run."""
+"""bench/gpu.py and bench/roofline.py run from a bare checkout. Without a GPU, gpu.py is tested by its dry run."""
 
 import csv
 import importlib.util
@@ -26,7 +26,7 @@ def run(script, *arguments, cwd, **environment):
 
 @needs_triton
 def test_dry_run(tmp_path):
-    """Of what an install brings, only torch, triton, numpy, pytest and safetensors."""
+    """The dry run needs only torch, triton, numpy, pytest and safetensors, and nothing else that an install brings."""
     bare = tmp_path / "bare"
     for name in ("tyro", "tqdm", "PIL", "sklearn", "hypothesis", "pytest_benchmark", "matplotlib", "xdist"):
         (bare / name).mkdir(parents=True)
@@ -71,7 +71,7 @@ def script(monkeypatch):
 
 
 class Seconds:
-    """A budget that a test sets."""
+    """A budget whose remaining seconds a test sets."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -100,7 +100,7 @@ def fails():
     ],
 )
 def test_pieces(kind, seconds, left, work, failed, skipped, script, tmp_path):
-    """A check that was not made has not held; of a peer that fails, only the comparison is missing."""
+    """A check that was not made counts as failed. If a peer fails, only the comparison with it is missing."""
     gpu, gpu_record = script
     record, begun = gpu_record.Record(tmp_path, {}), time.monotonic()
     gpu.run(gpu.Piece(kind, "it", seconds, work), record, Seconds(left))
@@ -111,7 +111,7 @@ def test_pieces(kind, seconds, left, work, failed, skipped, script, tmp_path):
 
 @pytest.mark.parametrize("work", [lambda: None, fails])
 def test_an_alarm_at_the_last_moment(work, script, tmp_path, monkeypatch):
-    """It ends the piece, never the run."""
+    """An alarm that comes at the last moment ends the piece, and never the run."""
     gpu, gpu_record = script
     setitimer, before = signal.setitimer, signal.getsignal(signal.SIGALRM)
 
@@ -129,7 +129,7 @@ def test_an_alarm_at_the_last_moment(work, script, tmp_path, monkeypatch):
 
 @needs_triton
 def test_the_plan_of_a_gpu(script):
-    """Correctness first, then the times that matter most; what must be done fits the time by its own reckoning."""
+    """Checks come first, then the times that matter most. By the plan's own estimates, the checks fit into the time."""
     gpu, gpu_record = script
     record = gpu_record.Record.__new__(gpu_record.Record)
     pieces = list(gpu.plan(gpu_record.Timer("cpu"), record, Seconds(480), False))
@@ -145,7 +145,7 @@ def test_the_plan_of_a_gpu(script):
 
 
 def test_roofline(tmp_path):
-    """research figure: one afhq256 image moves 127 MB a step, 29.5 us at 4.3 TB/s."""
+    """The roofline gives a known figure: one afhq256 image moves 127 MB per step, which is 29.5 us at 4.3 TB/s."""
     done = run("roofline.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     head, *lines = done.stdout.splitlines()

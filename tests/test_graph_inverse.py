@@ -1,4 +1,4 @@
-"""The inverse by fused step kernels: whole blocks and models against reference.py, and when it steps aside."""
+"""The inverse by fused step kernels: whole blocks and models against reference.py, and when it is not used."""
 
 import contextlib
 import copy
@@ -41,10 +41,11 @@ def triton_device(device):
 
 
 def make_block(seed=0, flip=False, nvp=True, num_classes=0, num_layers=1, T=T, C=16):
-    """A block with every parameter drawn, small enough for an interpreter, which runs a program for every row and head.
+    """A block with every parameter drawn. It is small, because the interpreter runs a program for each row and head.
 
-    Its log-scales are a tenth or two. With twice those one token in 200 grows an error far above all others, in our
-    arithmetic at another place than in PyTorch's, and the error rule would compare two accidents.
+    Its log-scales are one or two tenths. If they were twice as large, one token in 200 would have an error far above
+    all others. Our arithmetic and PyTorch's would have it at different tokens, and the error rule would compare two
+    accidents.
     """
     block = MetaBlock(D, C, T, flip, num_layers, head_size=16, nvp=nvp, num_classes=num_classes)
     generator = torch.Generator().manual_seed(seed)
@@ -111,8 +112,8 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
         x, log_det = invert_graph(block.bijection, z, y, guidance, workspace)
     assert_accurate("x", x.cpu(), truth.cpu(), plain.cpu())
     assert_accurate("log_det", log_det.cpu(), exact_log_det.cpu(), plain_log_det.cpu())
-    assert torch.equal(z, kept), "the caller's noise is never written"
-    # Of the guided net there is no forward pass; without guidance forward must give the noise and -log_det back.
+    assert torch.equal(z, kept), "the caller's noise must not be written"
+    # A guided net has no forward pass. Without guidance, the forward pass must give back the noise and -log_det.
     if not guidance.active:
         back, mean = reference_block(block, torch.float64).to(triton_device)(x.double(), y)
         slack = {"fp32": 1e-4, "fp16": 0.1, "bf16": 1.0}[storage]
@@ -138,7 +139,7 @@ def test_a_workspace_serves_every_block_and_remembers_nothing(triton_device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is numpy, which warns
 def test_a_row_that_overflows_leaves_the_others_alone(triton_device):
     block, z = make_block().to(triton_device), noise().to(triton_device)
     clean, clean_log_det = invert_graph(block.bijection, z, None, Guidance())
@@ -240,7 +241,7 @@ def test_what_is_not_fused(change, triton_device):
 
 
 def workspace_of(call):
-    """What the engine keeps for a call that has run."""
+    """The workspace that the engine keeps for a call that has run."""
     return call.state("triton", None).workspace
 
 
@@ -289,7 +290,7 @@ def test_precision_chooses_the_storage(triton_device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here a graph can be captured")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a graph can be captured")
 def test_without_a_graph_the_same_kernels_run(triton_device):
     block, z = make_block(T=3), noise(T=3)
     workspace = GraphWorkspace(weights_of(block), B, False, torch.float32)
@@ -301,9 +302,9 @@ def test_without_a_graph_the_same_kernels_run(triton_device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is played by the test")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test stands in for CUDA")
 def test_one_graph_is_captured_and_replayed(triton_device, monkeypatch):
-    """What CUDA is asked for: kernels warm before a capture, one capture a call, then replays alone."""
+    """CUDA is asked to warm the kernels up, then to capture one graph per call, and then only to replay it."""
     block, z, seen = make_block(T=3), noise(T=3), []
     expected, workspace = by_name(block, z), GraphWorkspace(weights_of(block), B, False, torch.float32)
     step = workspace.step
@@ -333,13 +334,13 @@ def test_one_graph_is_captured_and_replayed(triton_device, monkeypatch):
     for _ in range(2):
         seen.clear()
         assert all(map(same_bits, invert_graph(block.bijection, z, None, Guidance(), workspace), expected))
-        assert seen == ["replay"] * 2, "a replay a token, the last one excepted"
+        assert seen == ["replay"] * 2, "every token but the last needs one replay"
 
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the table is changed for CPU tensors")
-def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch, untold):
-    """By name that raises; auto leaves the block to PyTorch, and warns."""
+def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch, fresh_warnings):
+    """If triton was asked for by name, the call raises. auto leaves the block to PyTorch, and warns."""
     from tarflow_fast.engines import table
     from tarflow_fast.engines import triton as engine
 
@@ -354,13 +355,13 @@ def test_kernels_that_cannot_be_prepared(triton_device, monkeypatch, untold):
     with pytest.warns(RuntimeWarning, match=r"inverts on 'torch' instead of 'triton' \(cpu tensors\): out of shared"):
         x, _ = block.invert(z, None, Guidance())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once: the next block, or call, says nothing
+        warnings.simplefilter("error")  # the next block or call does not warn again
         block.invert(z, None, Guidance())
     assert same_bits(x, block.invert(z, None, Guidance(), Call("torch"))[0])
     said = r"^block_inverse: precision 'fp32' needs an engine that computes in it: out of shared memory$"
     warn_once.cache_clear()
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match=said) as raised:
-        warnings.simplefilter("error")  # nothing is inverted on 'torch' instead
+        warnings.simplefilter("error")  # nothing may be inverted on 'torch' instead
         block.half().invert(z.half(), None, Guidance(), Call(precision="fp32"))
     assert str(raised.value.__cause__) == "out of shared memory"
 

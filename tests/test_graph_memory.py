@@ -1,4 +1,4 @@
-"""The GPU inverse within a memory limit: parts of a batch with the bits of the whole, or a refusal naming the bytes."""
+"""The GPU inverse within a memory limit: parts of a batch give the bits of the whole, or an error names the bytes."""
 
 import dataclasses
 import weakref
@@ -34,7 +34,7 @@ def test_bytes_are_known_before_anything_is_allocated(triton_device):  # noqa: F
 
 @pytest.mark.interpreter
 def test_parts_have_the_bits_of_the_whole(triton_device):  # noqa: F811
-    """Seven rows by fours: the last part reaches back over a row that is solved already."""
+    """Seven rows may be solved four at a time. The last part then includes a row that was solved before."""
     block = make_block(num_classes=3, flip=True, T=TOKENS).to(triton_device)
     z, y = noise(rows=ROWS, T=TOKENS).to(triton_device), torch.tensor([0, 1, 2, -1, 0, 2, 1], device=triton_device)
     whole = Call("triton")
@@ -46,7 +46,7 @@ def test_parts_have_the_bits_of_the_whole(triton_device):  # noqa: F811
         workspace = workspace_of(call)
         assert workspace.B == together and -(-ROWS // together) == parts and workspace.nbytes <= call.memory_limit
         assert all(map(same_bits, got, expected)), together
-        assert len(ticks) == TOKENS - 1, "a token counts once it is solved in every part"
+        assert len(ticks) == TOKENS - 1, "a token must count only once all parts have solved it"
 
 
 @pytest.mark.interpreter
@@ -63,7 +63,10 @@ def test_the_parts_of_a_sample_share_one_graph(triton_device, monkeypatch):  # n
 
 @pytest.mark.interpreter
 def test_parts_are_as_equal_as_can_be(triton_device):  # noqa: F811
-    """Room for five of seven rows: two parts of four, not five and two; for 49 of 100: three parts."""
+    """If five of seven rows fit, there are two parts of four rows, not parts of five and two.
+
+    If 49 of 100 rows fit, there are three parts.
+    """
     block = make_block().to(triton_device)
     assert rows_together(inspect(block), ROWS, False, torch.float32, bytes_of(block, 5))[0] == 4
     assert rows_together(inspect(block), 100, False, torch.float32, bytes_of(block, 49, batch=100))[0] == 34
@@ -71,7 +74,7 @@ def test_parts_are_as_equal_as_can_be(triton_device):  # noqa: F811
 
 @pytest.mark.interpreter
 def test_one_row_over_the_limit(triton_device, monkeypatch):  # noqa: F811
-    """It says what is missing, by name and by auto alike: PyTorch would need no less."""
+    """The error names the bytes that are needed. auto raises it too, because PyTorch would need no less."""
     from tarflow_fast.engines import table
 
     block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
@@ -96,7 +99,9 @@ def test_the_default_limit_is_what_the_device_has_left(triton_device, monkeypatc
     block, z = make_block(T=TOKENS).to(triton_device), noise(rows=ROWS, T=TOKENS).to(triton_device)
     asked = []
     monkeypatch.setattr(graph, "device_memory_left", lambda device: asked.append(device) or bytes_of(block, 4))
-    assert prepare_graph(inspect(block), z, Guidance()).B == ROWS and not asked, "so little is taken without a look"
+    assert prepare_graph(inspect(block), z, Guidance()).B == ROWS and not asked, (
+        "so few bytes must be taken without asking the device"
+    )
     monkeypatch.setattr(memory, "UNCHECKED", 0)
     workspace = prepare_graph(inspect(block), z, Guidance())
     assert workspace.B == 4 and asked == [z.device]
@@ -105,7 +110,7 @@ def test_the_default_limit_is_what_the_device_has_left(triton_device, monkeypatc
         invert_graph(block.bijection, z, None, Guidance())[0],
     )
     assert prepare_graph(inspect(block), z, Guidance(), memory_limit=bytes_of(block, ROWS)).B == ROWS, (
-        "a limit given counts"
+        "the given limit must count"
     )
 
 
@@ -120,11 +125,11 @@ def test_a_workspace_that_does_not_fit_is_released_before_the_next_is_sized(trit
     assert alive == [None] and new.B == 2
     with pytest.raises(ValueError, match=r"^invert_graph: workspace must be one of this block's shapes"):
         invert_graph(block.bijection, z, None, Guidance(), old)
-    assert prepare_graph(inspect(block), z, Guidance(), old).B == ROWS, "one released fits no call"
+    assert prepare_graph(inspect(block), z, Guidance(), old).B == ROWS, "a released workspace fits no call"
 
 
 def test_what_a_gpu_has_left(monkeypatch):
-    """Nine tenths of what is free and of what PyTorch's own cache would give back."""
+    """The memory left is nine tenths of the sum of the free memory and what PyTorch's own cache would give back."""
     figures = {"mem_get_info": (1000, 5000), "memory_reserved": 700, "memory_allocated": 200}
     devices = []
     for name, value in figures.items():

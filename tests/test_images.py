@@ -1,4 +1,4 @@
-"""Grids: every pixel where it belongs."""
+"""Grids of images have every pixel where it belongs."""
 
 import numpy as np
 import pytest
@@ -81,5 +81,5 @@ def test_panels_stand_side_by_side_under_their_captions():
     picture = np.asarray(side_by_side([("left", left), ("right", right)], gap=5, caption=24))
     assert picture.shape == (30 + 24 + 5, 20 + 40 + 3 * 5, 3)
     assert np.array_equal(picture[24:34, 5:25], left.numpy()) and np.array_equal(picture[24:54, 30:70], right.numpy())
-    assert (picture[:24, 5:25] < 128).any() and (picture[:24, 30:70] < 128).any()  # the captions
+    assert (picture[:24, 5:25] < 128).any() and (picture[:24, 30:70] < 128).any()  # captions are there
     assert (picture[34:, :25] == 255).all()

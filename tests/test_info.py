@@ -1,4 +1,4 @@
-"""info and verify: what they tell when all is well, and when it is not."""
+"""The commands info and verify: what they report when all is well, and when it is not."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_info_is_json_and_text():
     assert {(row["op"], row["backend"]) for row in facts["ops"]} >= {("affine", name) for name in ("torch", "cpu")}
     text = info.format_info()
     assert f"in use: {native.isa()}" in text and facts["cpu"]["model"] in text
-    # Builds of one version differ in a suffix, +cpu or +cu130, which the package's metadata may leave out.
+    # Builds of one version differ in a suffix such as +cpu or +cu130, and the package's metadata may leave it out.
     assert facts["versions"]["torch"] == torch.__version__ and f"  torch        {torch.__version__}\n" in text
 
 
@@ -53,10 +53,10 @@ def test_error_rule():
     plain = torch.tensor([1.0, 1000.0, torch.inf])
     eps = torch.finfo(torch.float32).eps
     _, bound = verify.error_and_bound(plain, truth, plain)
-    assert bound.tolist()[:2] == [2 * eps, 2 * 512 * eps]  # plain is exact: 2 ulp, of 1 and of 1000
+    assert bound.tolist()[:2] == [2 * eps, 2 * 512 * eps]  # plain is exact, so the bounds are 2 ulp of 1 and of 1000
     off = plain * (1 + 4 * eps)
     error, bound = verify.error_and_bound(off, truth, plain)
-    assert (error > bound).tolist() == [True, True, False]  # past the range nothing is measured
+    assert (error > bound).tolist() == [True, True, False]  # what is past float32's range is not judged
     error, bound = verify.error_and_bound(off, truth, plain * (1 + 2 * eps))
     assert (error <= bound).all()
 
@@ -65,7 +65,7 @@ def test_error_rule():
 
 
 class Adapter(nn.Module):
-    """A low-rank update beside a Linear, as adapters make it."""
+    """A Linear plus a low-rank update, as adapters have it."""
 
     def __init__(self, base):
         super().__init__()
@@ -76,7 +76,7 @@ class Adapter(nn.Module):
 
 
 def adapted():
-    """Three blocks: an adapter in block 1, a hook in block 2."""
+    """A flow of three blocks, with an adapter in block 1 and a hook in block 2."""
     model = random_flow(num_blocks=3)
     model.blocks[1].attn_blocks[0].attention.qkv = Adapter(model.blocks[1].attn_blocks[0].attention.qkv)
     model.blocks[2].proj_in.register_forward_hook(lambda *_: None)
@@ -87,7 +87,7 @@ REASONS = ["", "attn_blocks.0.attention.qkv is a Adapter", "proj_in has hooks"]
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
-def test_blocks_left_to_pytorch_are_listed_with_the_reason(untold, monkeypatch):
+def test_blocks_left_to_pytorch_are_listed_with_the_reason(fresh_warnings, monkeypatch):
     model = adapted()
     rows = json.loads(json.dumps(info.blocks(model)))
     assert [row["block"] for row in rows] == [0, 1, 2]
@@ -114,7 +114,7 @@ def test_blocks_left_to_pytorch_are_listed_with_the_reason(untold, monkeypatch):
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
-def test_a_block_left_to_pytorch_is_told_once(untold, recwarn):
+def test_a_block_left_to_pytorch_is_told_once(fresh_warnings, recwarn):
     model = adapted()
     for _ in range(2):
         model.reverse(random_noise(model))
@@ -134,7 +134,7 @@ def test_a_block_left_to_pytorch_is_told_once(untold, recwarn):
         model.reverse(random_noise(model))
 
 
-def test_info_of_a_flow_on_the_command_line(untold, capsys):
+def test_info_of_a_flow_on_the_command_line(fresh_warnings, capsys):
     assert main(["info", "digits"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("tarflow_fast ") and "Blocks of the flow (cpu, float32)" in text

@@ -1,6 +1,6 @@
-"""Packaging: the wheel of the sdist, used from outside the checkout, and installs without a compiler.
+"""Packaging: the wheel built from the sdist works outside the checkout, and an install works without a compiler.
 
-Nothing is downloaded: the build backend is called with this interpreter's own setuptools.
+Nothing is downloaded, because the build backend runs with this interpreter's own setuptools.
 """
 
 import ctypes
@@ -38,13 +38,13 @@ print(json.dumps({
 
 def python(code, cwd, **environment):
     command = [sys.executable, "-c", code]
-    # The CUDA library has a test of its own (tests/test_cuda_build.py); here it would only cost time.
+    # The CUDA library has a test of its own (tests/test_cuda_build.py). Building it here would only cost time.
     environment = os.environ | {"TARFLOW_FAST_CUDA": "0"} | environment
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def backend(source, hook, out, **environment):
-    """Calls a hook of the build backend, as pip does; returns the path of what it made."""
+    """Calls a hook of the build backend, as pip does, and returns the path of the file that it made."""
     out.mkdir(exist_ok=True)
     code = f"import setuptools.build_meta as b; print(b.{hook}({str(out)!r}))"
     done = python(code, source, **environment)
@@ -53,7 +53,10 @@ def backend(source, hook, out, **environment):
 
 
 def use(wheel, folder):
-    """Unpacks a wheel and runs USE from another folder with only it in sight; PyTorch comes from this interpreter."""
+    """Unpacks a wheel and runs USE in another folder, where only this copy of the package can be imported.
+
+    PyTorch comes from this interpreter.
+    """
     site = folder / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
@@ -66,7 +69,7 @@ def use(wheel, folder):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The project as the sdist delivers it, unpacked: nothing of the checkout that the sdist forgot is there."""
+    """The folder of the unpacked sdist. A file of the checkout that the sdist lacks is missing here too."""
     folder = tmp_path_factory.mktemp("sdist")
     ignore = shutil.ignore_patterns(
         ".*", "build", "dist", "*.so", "*.egg-info", "build_report.json", "__pycache__", "demo"
@@ -93,7 +96,7 @@ def test_sdist_holds_every_source(source):
 
 def test_wheel_of_the_sdist(source, tmp_path):
     wheel = backend(source, "build_wheel", tmp_path / "wheel", TARFLOW_FAST_REQUIRE_NATIVE="1")
-    assert re.fullmatch(r"tarflow_fast-[\d.]+-py3-none-\w+\.whl", wheel.name), "one wheel serves every Python"
+    assert re.fullmatch(r"tarflow_fast-[\d.]+-py3-none-\w+\.whl", wheel.name), "one wheel must serve every Python"
     names = zipfile.ZipFile(wheel).namelist()
     assert {"tarflow_fast/_tarflow_cpu.so", "tarflow_fast/build_report.json"} <= set(names)
     assert not [name for name in names if name.startswith(("kernels/", "csrc/", "tests/", "bench/"))]
@@ -102,7 +105,8 @@ def test_wheel_of_the_sdist(source, tmp_path):
     assert told["available"] and told["isas"][0] == "baseline" and told["report"]["ok"] and not told["warnings"]
     assert told["log_det"] == pytest.approx(-2.0)
 
-    # An inline function of two objects is one weak symbol, and the linker may keep the one that needs AVX-512.
+    # If two objects have the same inline function, it is a weak symbol in both, and the linker may keep the one that
+    # needs AVX-512. So no object may have a weak symbol.
     objects = [str(path) for path in source.glob("build/temp*/*.o")]
     assert len(objects) >= 3 * len(told["isas"])
     symbols = subprocess.run(["nm", "-C", *objects], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""The state of an inverse belongs to its call: other threads, exceptions and Ctrl-C leave right answers behind."""
+"""The state of an inverse belongs to its call, so results stay right after exceptions, Ctrl-C and other threads."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def answers(model):
     return [model(random_images(model), Y)[0], model.reverse(random_noise(model), Y, 1.0)]
 
 
-def test_an_exception_inside_reverse_leaves_nothing_behind(untold):
+def test_an_exception_inside_reverse_leaves_nothing_behind(fresh_warnings):
     model = random_flow(**CONFIG)
     before, noise = answers(model), random_noise(model)
     calls = []
@@ -71,7 +71,7 @@ def test_ctrl_c_inside_reverse_leaves_right_answers_behind():
         with pytest.raises(KeyboardInterrupt):
             timer.start()
             end = time.monotonic() + 20
-            while time.monotonic() < end:  # a Ctrl-C that got lost must not stop the tests
+            while time.monotonic() < end:  # if the Ctrl-C gets lost, the loop must end all the same
                 model.reverse(noise, Y.repeat(32), 1.0)
         timer.join()
         for after, right in zip(answers(model), before, strict=True):

@@ -1,4 +1,4 @@
-"""Laws of a normalizing flow, over drawn shapes, in float64: what must hold whatever the weights are."""
+"""Laws of a normalizing flow that must hold with any weights. They are tested on drawn shapes, in float64."""
 
 import math
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 shapes = st.fixed_dictionaries(
     {
         "in_channels": st.sampled_from([1, 3]),
-        "img_size": st.tuples(st.integers(1, 5), st.integers(1, 4)),  # in patches; T = 1 and odd T included
+        "img_size": st.tuples(st.integers(1, 5), st.integers(1, 4)),  # in patches; T may be 1 or odd
         "patch_size": st.sampled_from([1, 2]),
         "num_blocks": st.integers(1, 3),
         "layers_per_block": st.integers(1, 2),
@@ -74,7 +74,7 @@ def test_a_block_is_triangular(config, flipped):
     if block.flip:
         jacobian = jacobian.flip(0, 2)
     for i in range(T):
-        assert not jacobian[i, :, i + 1 :].any(), "a token depends on a later one"
+        assert not jacobian[i, :, i + 1 :].any(), "a token must not depend on a later one"
         own = jacobian[i, :, i]
         assert torch.equal(own, torch.diag(own.diagonal())), "a token's own part must be elementwise"
         assert (own.diagonal() > 0).all()
@@ -124,7 +124,7 @@ def test_log_prob_integrates_the_change_of_variables(config):
 
 
 def test_bits_per_dim_of_a_flow_with_a_known_density():
-    """Without a proj_out a flow is the identity: bits/dim must be those of N(0, 1) at the dequantised pixels."""
+    """If proj_out is zero, the flow is the identity, so bits/dim must be those of N(0, 1) at the dequantised pixels."""
     model = random_flow(scale=0, img_size=4, dtype=torch.float64)
     model.var.fill_(1)
     x = torch.randint(0, 17, (3, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

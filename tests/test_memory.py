@@ -1,4 +1,4 @@
-"""The bytes left to a process: a machine's, a control group's of either version, in and out of a container."""
+"""The bytes left to a process: limits of the machine and of control groups (v1 and v2), in and out of a container."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from tarflow_fast.engines.memory import available_memory
 from tarflow_fast.transforms import Guidance
 
 GIB = 2**30
-MEMINFO = "MemTotal:       32000000 kB\nMemAvailable:   10485760 kB\n"  # 10 GiB available
+MEMINFO = "MemTotal:       32000000 kB\nMemAvailable:   10485760 kB\n"  # 10 GiB are available
 V2 = "0::/user.slice/job\n"
 V1 = "5:cpu,cpuacct:/job\n4:memory:/batch/job\n0::/\n"
 
 
 def machine(root, cgroup, **files):
-    """A root folder with these files; names are below sys/fs/cgroup, "__" for "/"."""
+    """A root folder with these files. Their names are paths below sys/fs/cgroup, with "__" in place of "/"."""
     files = {"sys/fs/cgroup/" + name.replace("__", "/"): str(text) for name, text in files.items()}
     for name, text in ({"proc/meminfo": MEMINFO, "proc/self/cgroup": cgroup} | files).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def test_where_nothing_tells(tmp_path):
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "native")
 def test_memory_held_from_the_block_before_counts_as_left(monkeypatch):
-    """Where nothing is left but what the first block took, the second is inverted as the first was, not row by row."""
+    """If no memory is left except what the first block took, the second block is still not inverted row by row."""
     generator = torch.Generator().manual_seed(0)
     block = random_block(generator, token_size=6, channels=128, num_tokens=21, num_layers=2)
     case = BlockCase(block, torch.randn(9, 21, 6, generator=generator), None, Guidance())

@@ -1,4 +1,4 @@
-"""The drop-in promises: keys both ways, dtypes, autocast, torch.compile, copies, samples from seeds."""
+"""The promises of a drop-in: keys in both directions, dtypes, autocast, torch.compile, copies, samples from seeds."""
 
 import copy
 import json
@@ -18,8 +18,8 @@ from tarflow_fast import Model, ReferenceTarFlow, TarFlow
 from tarflow_fast.verify.rule import largest_error_and_bound
 
 CONFIG = dict(in_channels=1, img_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=2, num_classes=3)
-# What within_rule judges: few tokens, many rows. Of 24, in 16 bits, one number was off by more than twice any error of
-# plain PyTorch.
+# The rule by tensor is applied to few tokens and many rows. Among 24 rows in 16 bits, one number was off by more than
+# twice the largest error of plain PyTorch.
 JUDGED, ROWS = CONFIG | dict(img_size=(4, 8)), 96
 
 
@@ -72,7 +72,7 @@ def test_other_dtypes_work(dtype):
     model, y = random_flow(**JUDGED).to(dtype), torch.tensor([0, -1, 2]).repeat(ROWS // 3)
     truth, plain = twin(model), twin(model, dtype)
     if dtype == torch.float64:
-        plain = summed_backwards(plain)  # else it is the truth itself, and only 2 ulp would be allowed
+        plain = summed_backwards(plain)  # otherwise it would be the truth itself, and only 2 ulp would be allowed
     x, noise = random_images(model, ROWS), random_noise(model, ROWS)
     z, _, logdets = model(x, y)
     assert z.dtype == dtype and logdets.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -86,7 +86,7 @@ def test_other_dtypes_work(dtype):
 
 
 def summed_backwards(reference):
-    """The same function with the hidden units of every MLP in reverse: the rounding of PyTorch in another order."""
+    """The same function with the hidden units of every MLP in reverse order, so that PyTorch rounds differently."""
     with torch.no_grad():
         for main in (layer.mlp.main for block in reference.blocks for layer in block.attn_blocks):
             for parameter, dim in ((main[0].weight, 0), (main[0].bias, 0), (main[2].weight, 1)):
@@ -95,7 +95,7 @@ def summed_backwards(reference):
 
 
 def within_rule(ours, exact, plain):
-    """The error rule by tensor (tarflow_fast/verify/rule.py)."""
+    """Checks the error rule by tensor (tarflow_fast/verify/rule.py)."""
     error, allowed = largest_error_and_bound(ours, exact, plain)
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
@@ -134,7 +134,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("images", NARROW)
 @pytest.mark.parametrize("autocast", NARROW[1:])
-@pytest.mark.parametrize("half", [False, True])  # parameters of the other 16-bit type PyTorch's layer_norm refuses
+@pytest.mark.parametrize("half", [False, True])  # PyTorch's layer_norm refuses parameters of the other 16-bit type
 def test_autocast_takes_images_of_any_dtype_plain_pytorch_takes(half, images, autocast):
     parameters = autocast if half else torch.float32
     model = random_flow(**JUDGED).to(parameters)
@@ -152,7 +152,7 @@ def test_autocast_takes_images_of_any_dtype_plain_pytorch_takes(half, images, au
 
 
 def test_autocast_refuses_float64_beside_other_parameters_early():
-    """It leaves float64 alone, so that the first layer would meet two dtypes."""
+    """Autocast leaves float64 tensors as they are, so the first layer would get two dtypes."""
     wide, narrow = random_flow(**CONFIG, dtype=torch.float64), random_flow(**CONFIG)
     x, noise = random_images(narrow), random_noise(narrow)
     message = "x must have the model's dtype torch.float{}, got torch.float{}$"
@@ -224,7 +224,7 @@ def test_functional_transforms_work():
 
 
 def test_a_hooked_or_adapted_layer_is_honoured():
-    """A LoRA-like wrapper around a Linear must change the inverse exactly as it changes the forward."""
+    """A LoRA-like wrapper around a Linear must change the inverse exactly as it changes the forward pass."""
     model = random_flow(**CONFIG | {"num_classes": 0}, dtype=torch.float64)
 
     class Adapter(torch.nn.Module):
@@ -300,7 +300,7 @@ def test_the_first_stage_is_not_the_noise_itself():
         ({"attn_temp": 0.5}, "attn_temp changes nothing without guidance"),
     ],
 )
-def test_what_changes_nothing_is_told(untold, arguments, message):
+def test_what_changes_nothing_is_told(fresh_warnings, arguments, message):
     model = random_flow(num_classes=3)
     noise = random_noise(model)
     with pytest.warns(RuntimeWarning, match=f"^reverse: {message}$"):
@@ -334,7 +334,7 @@ def test_progress_is_shown_when_asked(capsys):
     told = capsys.readouterr().err
     assert "sample: " in told
     total = 3 * len(model.blocks) * (model.num_tokens - 1)
-    assert set(re.findall(r"\d+/(\d+) ", told)) == {str(total)}, "one bar for all parts"
+    assert set(re.findall(r"\d+/(\d+) ", told)) == {str(total)}, "all parts must share one progress bar"
 
 
 def test_the_default_dtype_of_the_process_changes_nothing():
@@ -349,7 +349,7 @@ def test_the_default_dtype_of_the_process_changes_nothing():
     assert all(torch.equal(ours, right) for ours, right in zip(got, expected, strict=True))
 
 
-def test_a_weight_that_is_no_parameter_is_honoured(untold):
+def test_a_weight_that_is_no_parameter_is_honoured(fresh_warnings):
     model = random_flow(**CONFIG)
     noise, expected = random_noise(model), model.reverse(random_noise(model))
     layer = model.blocks[0].proj_in

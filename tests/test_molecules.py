@@ -1,7 +1,8 @@
-"""A flow over the atoms of a molecule, under the names of its own file: the golden through every way to compute it.
+"""A flow over the atoms of a molecule, with the weight names of its own file. Every way to compute it is tested.
 
-The float64 tensors are the truth and the float32 ones of the golden plain PyTorch. They have five rows, so that the
-error to measure ours by is partly luck: 64 rows of our own, against our float64 reference, stand beside them.
+The float64 tensors of the golden are the truth, and its float32 tensors stand for plain PyTorch. They have only five
+rows, so PyTorch's error among them is partly luck. Therefore 64 rows of our own are tested too, with our float64
+reference as the truth.
 """
 
 import json
@@ -33,7 +34,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def file(golden, tmp_path_factory):
-    """The golden's weights alone, under their own names."""
+    """A file that has only the golden's weights, with their own names."""
     path = tmp_path_factory.mktemp("molecule") / "tarflow.safetensors"
     save_tensors(path, golden[2])
     return path
@@ -106,8 +107,11 @@ def test_golden_inverse(way, golden, file):
 
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_more_rows_of_the_same_flow(way, golden, file, truth, plain):
-    """Rows of half the size. Of whole ones this flow gives one a log-density of -800 where the median is -190, and the
-    rounding of that row alone would be judged."""
+    """The rows are drawn at half size.
+
+    With rows of full size this flow gives one of them a log-density of -800, while the median is -190, and the rounding
+    of that row alone would decide.
+    """
     model = computed_by(way, golden, file)
     x, z = (0.5 * draw_rows(ROWS, 22, 3, seed=seed) for seed in (5, 6))
     with torch.no_grad():
@@ -128,7 +132,7 @@ def test_signs_are_those_of_the_jacobians(file):
 
 
 def test_twenty_thousand_samples_with_their_density(threads):
-    """The batch size changes no bit, the samples are those of `sample`, and the density is that of the samples."""
+    """The batch size changes no bit, `sample` gives the same samples, and the density belongs to the samples."""
     threads(1)
     sizes = dict(num_tokens=22, token_size=3, channels=64, num_blocks=2, layers_per_block=2)
     model = random_tokens_flow(3, **sizes)

@@ -1,4 +1,4 @@
-"""The compiled library: its SIMD layer, its choice of instruction set, and what it leaves alone."""
+"""The compiled library: its SIMD layer, its choice of instruction set, and what it leaves unchanged in a process."""
 
 import json
 import os
@@ -37,13 +37,13 @@ def native_exp(x):
 
 @pytest.mark.every_isa
 def test_exp_is_within_one_ulp():
-    """Measured over all floats once: 0.71 ulp, denormal results 0.78."""
+    """The largest error was measured once over all floats: 0.71 ulp, and 0.78 ulp for denormal results."""
     random = np.random.default_rng(0)
     everywhere = np.linspace(-104.5, 89.5, 700_003)
     near_zero = random.normal(size=300_000) * 10.0 ** random.uniform(-12, 0, 300_000)
     x = np.concatenate([everywhere, near_zero]).astype(np.float32)
     y, truth = native_exp(x), np.exp(x.astype(np.float64))
-    overflow = truth >= 2.0**128 - 2.0**103  # from here the nearest float is infinity
+    overflow = truth >= 2.0**128 - 2.0**103  # from here on the nearest float is infinity
     assert np.isinf(y[overflow]).all() and overflow.any()
     x, y, truth = x[~overflow], y[~overflow], truth[~overflow]
     exponent = np.frexp(np.maximum(truth, 2.0**-126))[1] - 1
@@ -55,7 +55,7 @@ def test_exp_is_within_one_ulp():
 def test_exp_of_special_numbers():
     x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e38, -1e38, 88.72284, -104.0, 1e-45], np.float32)
     expected = np.array([1, 1, np.inf, 0, np.nan, np.nan, np.inf, 0, np.inf, 0, 1], np.float32)
-    for n in range(1, x.size + 1):  # every length of a tail
+    for n in range(1, x.size + 1):  # tails of every length
         np.testing.assert_array_equal(native_exp(x[:n].copy()), expected[:n])
     np.testing.assert_array_equal(native_exp(np.tile(x, 3)), np.tile(expected, 3))
 
@@ -66,7 +66,7 @@ def test_sixteen_bit_storage_rounds_as_torch_does(dtype):
     random = np.random.default_rng(0)
     any_bits = random.integers(0, 2**32, 300_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
     middle = (random.normal(size=300_000) * 10.0 ** random.uniform(-9, 6, 300_000)).astype(np.float32)
-    # all the 16-bit numbers, and the points half way between two of them
+    # These are all 16-bit numbers, and the points half way between two neighbours.
     exact = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     ties = (exact + exact.roll(1)) / 2
     x = torch.cat([torch.from_numpy(any_bits), torch.from_numpy(middle), exact, ties])[:-1]
@@ -114,7 +114,7 @@ def test_the_process_is_left_as_it_was():
     assert not seen["loaded_by_import"], "importing must not load the library"
     assert not seen["triton"], "importing and running on the CPU must not import triton"
     assert len(set(seen["mxcsr"])) == 1 and seen["denormal"]
-    assert len(seen["openmp"]) == 1, "two OpenMP runtimes fight for the cores"
+    assert len(seen["openmp"]) == 1, "two OpenMP runtimes would fight for the cores"
 
 
 def test_unknown_isa():
@@ -154,7 +154,7 @@ def test_every_declared_function_exists_and_every_exported_one_is_declared():
 
 
 @pytest.fixture
-def no_library(monkeypatch, untold):
+def no_library(monkeypatch, fresh_warnings):
     monkeypatch.setattr(native, "_load", lambda: native.NativeUnavailable("the native CPU library is missing: a test"))
 
 
@@ -165,7 +165,7 @@ def test_auto_falls_back_and_warns_once(no_library, recwarn):
     )
     with pytest.warns(RuntimeWarning, match=message):
         z, _ = affine(x, ab)
-    affine(x, ab)  # a second warning would be an error here
+    affine(x, ab)  # a second warning would fail this test
     assert torch.equal(z, affine(x, ab, backend="torch")[0])
 
 
@@ -187,6 +187,6 @@ def test_backend_environment(monkeypatch):
     monkeypatch.setenv("TARFLOW_FAST_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"^TARFLOW_FAST_BACKEND must be one of auto, torch, cpu, triton, cuda, got"):
         affine(x, ab)
-    affine(x, ab, backend="cpu")  # the argument wins
+    affine(x, ab, backend="cpu")  # the argument beats the environment
     monkeypatch.setenv("TARFLOW_FAST_BACKEND", "torch")
     affine(x, ab)

@@ -1,4 +1,4 @@
-"""Results that are not finite are counted and named, in every function that may make them."""
+"""Every function that may give results that are not finite counts and names them."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_overflow_is_counted_and_named():
 def test_overflow_inside_a_block_is_named():
     model = random_flow()
     with torch.no_grad():
-        model.blocks[1].proj_out.bias[:4] = 100.0  # exp(100) is past float32
+        model.blocks[1].proj_out.bias[:4] = 100.0  # exp(100) overflows float32
     place = "2 of 2 rows are not finite, first in block 1, row 0, token 14; the flow overflows there"
     with pytest.raises(NonFiniteError, match=f"{place}$"):
         model.reverse(random_noise(model), nonfinite="raise")
@@ -34,7 +34,7 @@ def test_overflow_inside_a_block_is_named():
 
 @pytest.fixture
 def bad_labels():
-    """A flow that overflows, in block 1 where it is solved first, for label 2."""
+    """A flow that overflows for label 2. Block 1 is inverted first and overflows there."""
     model = random_flow(num_classes=3)
     with torch.no_grad():
         model.blocks[1].class_embed[2] = 1e30
@@ -43,7 +43,7 @@ def bad_labels():
 
 def test_a_sample_in_parts_names_the_rows_of_the_whole(bad_labels):
     model, y = bad_labels, torch.tensor([0, 1, 0, 1, 0, 2, 2])
-    model.backend = "torch"  # the native engine's float32 may give another token the first infinity
+    model.backend = "torch"  # with the native engine's float32, another token may be the first to overflow
     with pytest.warns(RuntimeWarning) as told:
         images = model.sample(7, y, seed=0, batch_size=2)
     assert len(told) == 1
@@ -76,7 +76,7 @@ def test_reverse_under_vmap_is_that_of_the_batch():
     expected = model.reverse(noise, y)
     each = torch.func.vmap(lambda z, label: model.reverse(z[None], label[None])[0])(noise, y)
     torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
-    noise[1, 0, 0] = NAN  # nothing can be told there, and nothing is dropped
+    noise[1, 0, 0] = NAN  # vmap allows no warning here, and no row may be dropped
     each = torch.func.vmap(lambda z: model.reverse(z[None])[0])(noise)
     assert torch.isfinite(each).flatten(1).all(dim=1).tolist() == [True, False, True]
 

@@ -1,4 +1,7 @@
-"""Tensors of more than 2**31 numbers: the kernels' offsets are wide enough. Of the memory only what is used exists."""
+"""The kernels' offsets are wide enough for tensors of more than 2**31 numbers.
+
+On a CPU only the pages that are used take memory.
+"""
 
 import math
 import mmap
@@ -21,29 +24,29 @@ def only_where_it_runs(device):
 
 
 def vast(*shape, dtype, device):
-    """A tensor never filled: on a CPU pages that exist once they are written."""
+    """A tensor that is never filled. On a CPU its pages take no memory until they are written."""
     size = math.prod(shape) * dtype.itemsize
     assert math.prod(shape) > FAR
     if device.type == "cuda":
         if torch.cuda.mem_get_info(device)[0] < 1.2 * size:
-            pytest.skip(f"the GPU has no {size} bytes left")
+            pytest.skip(f"the GPU has fewer than {size} bytes left")
         return torch.empty(shape, dtype=dtype, device=device)
-    no_reserve = 0x4000  # MAP_NORESERVE, a name that Python has from 3.13 on
+    no_reserve = 0x4000  # MAP_NORESERVE, which Python names since 3.13
     try:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     except OSError as error:
-        pytest.skip(f"no address space of {size} bytes: {error}")
+        pytest.skip(f"there is no address space of {size} bytes: {error}")
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def scratch(device):
-    """Room for one split and a few queries."""
+    """Scratch tensors with room for one split and a few queries."""
     kinds = {"partials": torch.float32, "sums": torch.float32, "counters": torch.int32, "normalized": torch.float16}
     return {name: torch.zeros(4096, dtype=kind, device=device) for name, kind in kinds.items()}
 
 
 def test_the_cache_of_a_step(device):
-    """Keys and values of the last row lie past 2**31; appended by one kernel and read by the next."""
+    """Keys and values of the last row lie past 2**31. One kernel appends them, and the next one reads them."""
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
     from tarflow_fast.kernels.triton.step_linear import Append, Norm, linear
 
@@ -76,14 +79,14 @@ def test_the_cache_of_a_step(device):
 
 
 def test_the_tokens_of_a_step(device):
-    """The last row of x lies past 2**31: read by the head of a step, written by its tail."""
+    """The last row of x lies past 2**31. The head of a step reads it, and the tail of the step writes it."""
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
     from tarflow_fast.kernels.triton.step_embed import embed
 
     B, T, D, C = 3, 2**28, 4, 16
     x, z = (vast(B, T, D, dtype=torch.float32, device=device) for _ in range(2))
-    at, place, following = 7, T - 3, T - 9  # two tokens in a row, each far from the first in x, z and pos_embed
-    order = torch.empty(T, dtype=torch.int32, device=device)  # 1 GiB, of which two numbers are used
+    at, place, following = 7, T - 3, T - 9  # two successive tokens, both far from the first in memory
+    order = torch.empty(T, dtype=torch.int32, device=device)  # 1 GiB, but only two numbers are used
     order[at], order[at + 1] = place, following
     x[:, place], z[:, following] = torch.randn(2, B, D, device=device)
     weight, bias = torch.randn(C, D, device=device), torch.randn(C, device=device)
@@ -105,7 +108,7 @@ def test_the_tokens_of_a_step(device):
 
 
 def test_attention_of_rows_far_apart(device):
-    """The third row of a batch begins past 2**31, the stride between rows is below it; forward and backward."""
+    """The third row of a batch begins past 2**31, while the stride of a row is below that; both passes work."""
     B, T, H, E = 3, 9, 1, 16
     stride = FAR // 2 + 3 * E
     whole = vast(2 * stride + 3 * T * E, dtype=torch.float16, device=device)

@@ -1,6 +1,6 @@
-"""Runs marked tests again in processes of another kind: each instruction set of this machine, Triton's interpreter.
+"""Runs marked tests again in other processes: with each instruction set of this machine, and in Triton's interpreter.
 
-Both are decided once a process, so the tests that depend on them cannot change them in place.
+A process chooses both only once, so a test that depends on them cannot change them while it runs.
 """
 
 import importlib.util
@@ -45,7 +45,7 @@ def test_every_isa(isa):
     if built.index(isa) > built.index(BEST):
         pytest.skip(f"this machine cannot run {isa}")
     if isa == BEST:
-        pytest.skip(f"{isa} is what all other tests use")
+        pytest.skip(f"all other tests use {isa}")
     run_marked("every_isa", marked("every_isa"), TARFLOW_CPU_ISA=isa)
 
 

@@ -1,4 +1,4 @@
-"""layer_norm, bias_gelu and bias_residual: values, gradients, bits and errors of every backend this process can run."""
+"""layer_norm, bias_gelu, bias_residual: values, gradients, bits and errors of every backend that can run here."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from tarflow_fast.ops.registry import OPS as REGISTRY
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch", "triton"]
 IDS = ["-".join(str(dtype).removeprefix("torch.") for dtype in dtypes) for dtypes in ROWS_DTYPES]
 
-# name: the op of (x, weight, bias, residual), which of these it takes, and of what dtype the result is
+# {name: (the op as a function of (x, weight, bias, residual, backend, dtype), the tensors it uses)}
 OPS = {
     "layer_norm": (lambda x, w, b, _, backend, dtype=None: layer_norm(x, w, b, 1e-5, dtype, backend), "x w b"),
     "bias_gelu": (lambda x, _w, b, _r, backend, dtype=None: bias_gelu(x, b, backend), "x b"),
@@ -35,7 +35,7 @@ def name(request):
 
 
 def everything(name, backend, inputs, dtype=None, needs="x w b r"):
-    """{"out": ..., "dx": ..., ...}: the result, and the gradients of those inputs of the op that `needs` names."""
+    """{"out": ..., "dx": ..., ...} holds the result, and the gradients of those inputs that `needs` names."""
     op, takes = OPS[name]
     *tensors, dout = inputs
     leaves = dict(zip("xwbr", (t.detach() for t in tensors), strict=True))
@@ -53,14 +53,14 @@ def everything(name, backend, inputs, dtype=None, needs="x w b r"):
 def test_values_and_gradients(case, dtypes, name, backend, device):
     if why_not := REGISTRY[name].why_not(backend, device, dtypes[0]):
         pytest.skip(why_not)
-    judged, least = Judged(), case.N if math.prod(case.shape) else 0  # a gradient of weights has N numbers
+    judged, least = Judged(), case.N if math.prod(case.shape) else 0  # a weight's gradient has N numbers
     for _ in range(1 if dtypes[0] == torch.float64 else judged.draws(least)):
         inputs = rows_inputs(case, dtypes, device)
         got, plain = (everything(name, each, inputs) for each in (backend, "torch"))
         assert got.keys() == plain.keys()
         truth = everything(name, "torch", [t.double().cpu() for t in inputs])
         for key, value in got.items():
-            if dtypes[0] == torch.float64:  # nothing here is wider to judge by
+            if dtypes[0] == torch.float64:  # there is no wider dtype to compare with
                 torch.testing.assert_close(value, plain[key], rtol=1e-11, atol=1e-11)
             else:
                 judged.add(key, value, truth[key], plain[key])
@@ -93,7 +93,7 @@ def test_only_the_gradients_asked_for(needs, name, backend, device, monkeypatch)
     if backend == "triton" and "b" not in needs and "w" not in needs:
         from tarflow_fast.kernels.triton import columns
 
-        monkeypatch.setattr(columns, "sum_kernel", None)  # frozen weights: nothing is summed over rows
+        monkeypatch.setattr(columns, "sum_kernel", None)  # with frozen weights nothing is summed over rows
     for key, value in everything(name, backend, inputs, needs=needs).items():
         assert same_bits(value, full[key]), key
 
@@ -110,7 +110,7 @@ def test_non_contiguous(name, backend, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which warns
 def test_nan_and_infinity_stay_in_their_row(name, backend, device):
     inputs = rows_inputs(RowsCase((6,), 19), ROWS_DTYPES[1], device)
     clean = everything(name, backend, inputs)
@@ -126,7 +126,7 @@ def test_nan_and_infinity_stay_in_their_row(name, backend, device):
 @pytest.mark.interpreter
 def test_bits_do_not_depend_on_the_batch(name, backend, device):
     if backend == "torch":
-        pytest.skip("PyTorch promises nothing of the kind")
+        pytest.skip("PyTorch makes no such promise")
     inputs = rows_inputs(RowsCase((37,), 40), ROWS_DTYPES[1], device)
     together = everything(name, backend, inputs)
     again = everything(name, backend, inputs)
@@ -152,7 +152,7 @@ def test_gradcheck(name, backend, device):
     if backend == "torch":
         assert torch.autograd.gradgradcheck(call, free)
         return
-    (first,) = torch.autograd.grad(call(*free).square().sum(), inputs[2], create_graph=True)  # bias, which all take
+    (first,) = torch.autograd.grad(call(*free).square().sum(), inputs[2], create_graph=True)  # every op takes a bias
     with pytest.raises(RuntimeError, match=rf"^{name}: only backend 'torch' has a second derivative"):
         first.sum().backward()
 
@@ -160,7 +160,7 @@ def test_gradcheck(name, backend, device):
 @pytest.mark.interpreter
 def test_opcheck(name, backend, device):
     if backend == "torch":
-        pytest.skip("the plain form stands outside the op")
+        pytest.skip("the plain form does not go through the op")
     x, w, b, r, dout = rows_inputs(RowsCase((2,), 5), ROWS_DTYPES[2], device)
     leaves = [t.requires_grad_() for t in (x, w, b, r)]
     ops, quick = torch.ops.tarflow_fast, ("test_schema", "test_autograd_registration", "test_faketensor")

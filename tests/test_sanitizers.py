@@ -1,5 +1,8 @@
-"""The engine under the compiler's sanitizers, by a program without Python (tests/native): no thread reads what another
-may be writing, no access outside its memory, no undefined behaviour, no leak."""
+"""The engine under the compiler's sanitizers, in a program without Python (tests/native).
+
+No thread reads what another thread may be writing, and there is no access outside of the engine's memory, no undefined
+behaviour and no leak.
+"""
 
 import os
 import shutil
@@ -16,7 +19,7 @@ HERE = ROOT / "tests/native"
 COMPILER = shutil.which("g++")
 FLAGS = "-std=c++17 -O1 -g -fopenmp -ffp-contract=off -fno-exceptions -fno-rtti".split()
 THREADS, MEMORY = ["-fsanitize=thread"], ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-CASES = 108  # of tests/native/engine.cpp, each instruction set
+CASES = 108 + 12  # tests/native/engine.cpp and made.cpp run that many for each instruction set
 
 
 def run(command, **variables):
@@ -30,13 +33,13 @@ def links(folder, sanitizer):
 
 
 def compile_program(folder, sanitizer, isas, csrc=ROOT / "csrc"):
-    """The engine's sources, once for each of {instruction set: flags}, and tests/native/engine.cpp over them."""
+    """Compiles the programs of tests/native with the sources, once for each entry of {instruction set: flags}."""
     common = csrc / "cpu/dispatch.cpp"
-    units = [(common, [f"-DTF_HAVE_{isa}" for isa in isas]), (HERE / "engine.cpp", [])]
+    units = [(common, [f"-DTF_HAVE_{isa}" for isa in isas]), (HERE / "engine.cpp", []), (HERE / "made.cpp", [])]
     link = ["-fopenmp"]
     if sanitizer == THREADS:
         units.append((HERE / "gomp.cpp", []))
-        link = []  # not the system's
+        link = []  # gomp.cpp takes the place of the system's OpenMP
     for source in sorted(csrc.glob("cpu/**/*.cpp")):
         if source != common:
             units += [(source, [*flags, f"-DTF_ISA={isa}"]) for isa, flags in isas.items()]
@@ -74,7 +77,7 @@ def test_threads_do_not_race(build):
 
 
 def without(folder, file, text):
-    """A copy of the sources, less the last such text in a file of the engine."""
+    """A copy of the sources in which the last occurrence of `text` is removed from one file of the engine."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     source = folder / "csrc/cpu/engine" / file
     head, found, tail = source.read_text().rpartition(text)
@@ -85,8 +88,11 @@ def without(folder, file, text):
 
 @pytest.mark.parametrize("file", ["layer.h", "invert.cpp"])
 def test_one_meeting_less_is_a_race(build, tmp_path, file):
-    """That the test before this one would see it: the sanitizer, or, where other programs hold up the threads and it
-    has forgotten the other access by then, the bits that differ."""
+    """If a meeting of the threads is removed, the test before this one fails.
+
+    Usually the sanitizer reports the race. When other programs hold up the threads, it may have forgotten the other
+    access by then; in that case bits differ.
+    """
     program = build(THREADS, {"baseline": []}, without(tmp_path, file, "p.meet();"))
     done = run([program, "baseline"], TSAN_OPTIONS="halt_on_error=1")
     seen = "WARNING: ThreadSanitizer: data race" in done.stderr or "memcmp" in done.stdout
@@ -103,7 +109,10 @@ def test_memory_is_used_as_it_should_be(build):
 
 
 def test_a_piece_of_memory_too_small_is_found(build, tmp_path):
-    """Of the engine's own memory, which is one allocation to the sanitizer but for the gaps between its pieces."""
+    """The sanitizer finds a piece of the engine's own memory that is too small.
+
+    The engine's memory is one allocation, so the sanitizer knows the pieces only by the gaps between them.
+    """
     program = build(MEMORY, {"baseline": []}, without(tmp_path, "attention.h", "+ Bytes{round_up(queries, 16), false}"))
     done = run([program, "baseline"])
     assert done.returncode and "AddressSanitizer: use-after-poison" in done.stderr

@@ -1,6 +1,6 @@
-"""Bits of the sampling step: one row alone is that row among forty, in every kernel and in a whole block.
+"""Bits of the sampling step: a row alone has the same bits as among forty rows, in every kernel and in a whole block.
 
-Where the number of rows chooses the tiles (kernels/triton/tuning_step.py), the tiles of forty are asked for.
+Where tuning_step.py in kernels/triton chooses tiles by the number of rows, these tests ask for the tiles of forty rows.
 """
 
 import math
@@ -17,14 +17,17 @@ from tarflow_fast.engines.weights import inspect
 
 MANY, T, H, E = 40, 90, 2, 16
 C, HIDDEN = H * E, 128
-ROW, SLOT = 23, 2  # a row in the middle; among others again, in another place
+ROW, SLOT = 23, 2  # ROW is tested alone, and among four rows as number SLOT
 
 pytestmark = pytest.mark.interpreter
 
 
 @pytest.fixture(autouse=True)
 def ordered_products(monkeypatch, device):
-    """The interpreter's product, by BLAS, adds up in an order that depends on the place in a tile; a GPU's does not."""
+    """Replaces the interpreter's product by one that always adds up in the same order, as a GPU does.
+
+    The interpreter uses BLAS, whose order of summation depends on the place in a tile.
+    """
     if device.type == "cuda":
         return
     from triton.runtime import interpreter
@@ -48,7 +51,10 @@ def scratch(rows, dtype, device):  # noqa: F811
 
 
 def check(run):
-    """run(rows): the results, a tensor a row of the first dimension, when these rows are all there is."""
+    """Checks that ROW has the same bits among all rows, alone, and among three other rows.
+
+    run(rows) computes these rows alone. It gives a list of tensors whose first dimension runs over the rows.
+    """
     together = run(list(range(MANY)))
     others = [5, 31, ROW, 8]
     for result, alone, beside in zip(together, run([ROW]), run(others), strict=True):
@@ -56,7 +62,7 @@ def check(run):
 
 
 def test_embed(dtype, device):  # noqa: F811
-    """Its sums do not depend on the number of rows: the tiles are its own."""
+    """The kernel has fixed tiles, so its sums do not depend on the number of rows."""
     from tarflow_fast.kernels.triton.step_embed import embed
 
     D = 20
@@ -88,7 +94,7 @@ def test_linear(epilogue, dtype, device):  # noqa: F811
     h = draw(MANY, K, device=device, dtype=torch.float32 if norm else dtype)
     stream, starts = draw(MANY, N, device=device), torch.arange(MANY, dtype=torch.int32, device=device).repeat(2, 1)
     own, theirs = (tuning_step.linear(M=M, outputs=N, inputs=K, dtype=dtype, norm=norm) for M in (1, MANY))
-    assert own != theirs and (theirs["SPLITS"] > 1 or K == 32), "else there is nothing to show"
+    assert own != theirs and (theirs["SPLITS"] > 1 or K == 32), "otherwise this case shows nothing"
 
     def run(rows):
         R = len(rows)
@@ -108,7 +114,7 @@ def test_linear(epilogue, dtype, device):  # noqa: F811
 
 @pytest.mark.parametrize("epilogue", ["residual", "gelu"])
 def test_linear_of_few_queries_has_one_configuration(epilogue, dtype, device):  # noqa: F811
-    """Up to 16 queries the tiles are the same by themselves, and so are the bits."""
+    """Up to 16 queries have the same tiles without being asked for, so their bits are the same too."""
     from tarflow_fast.kernels.triton import tuning_step
     from tarflow_fast.kernels.triton.step_linear import Norm, linear
 
@@ -136,13 +142,13 @@ def test_cached_attention(W, dtype, device):  # noqa: F811
     from tarflow_fast.kernels.triton import tuning_step
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
 
-    heads, tokens = 1, 300  # one head: forty rows do not fill the machine
+    heads, tokens = 1, 300  # with one head, forty rows do not fill the machine
     q = draw(MANY, W, heads * E, device=device, dtype=dtype)
     cache = draw(2, MANY, heads, tokens, E, device=device, dtype=dtype)
     starts = (torch.arange(MANY, dtype=torch.int32, device=device) * (tokens // MANY)).repeat(2, 1)
     scale = torch.full((MANY,), math.log2(math.e) / 4, device=device)
     own, theirs = (tuning_step.attention(R=R, W=W, H=heads, T=tokens, dtype=dtype)["SPLITS"] for R in (1, MANY))
-    assert own > theirs > 1, "else there is nothing to show"
+    assert own > theirs > 1, "otherwise this case shows nothing"
 
     def run(rows):
         out = torch.zeros(len(rows) * W, heads * E, dtype=dtype, device=device)
@@ -159,7 +165,7 @@ def test_cached_attention(W, dtype, device):  # noqa: F811
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_affine_inverse(guided, dtype, device):  # noqa: F811
-    """Its sums do not depend on the number of rows."""
+    """The sums of this kernel do not depend on the number of rows."""
     from tarflow_fast.kernels.triton import tuning_step
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
 
@@ -185,7 +191,7 @@ def test_affine_inverse(guided, dtype, device):  # noqa: F811
 
 
 def test_a_whole_block(triton_device):  # noqa: F811
-    """One row of forty, with the tiles of forty, and among five others with those."""
+    """A row has the same bits among forty rows, alone, and among five rows, always with the tiles of forty rows."""
     block, z = make_block(T=3).to(triton_device), noise(rows=MANY, T=3).to(triton_device)
     together = invert_graph(block.bijection, z, None, GUIDED)
     for rows in ([ROW], [1, 2, ROW, 3, 4]):

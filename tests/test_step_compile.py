@@ -1,8 +1,10 @@
-"""Every kernel of a sampling step compiles for sm_80 and sm_90 without a GPU, in every specialization that published
-models launch at B 1 to 128, guided or not: no spills, room for two programs, tensor cores, 16-byte loads.
+"""Every kernel of a sampling step compiles for sm_80 and sm_90 without a GPU.
 
-fp16 is compiled for one model. Of all 132 specializations, on both architectures, it took the shared memory, stack,
-loads and matrix instructions of bf16, whose elements are as large, and its tiles are the same.
+It is compiled in every specialization that the published models launch at B = 1 to 128, guided and not. No registers
+may spill, two programs must fit, and tensor cores and 16-byte loads must be used.
+
+fp16 is compiled for one model only. Compared over all 132 specializations and both architectures, it took the shared
+memory, stack, loads and matrix instructions of bf16. Its elements have the same size, and its tiles are the same.
 """
 
 import pytest
@@ -43,7 +45,7 @@ def test_step(kernel, dtype, arch, tmp_path):
 
 
 def check(launch, kernel, dtype, arch, folder):
-    """What is wrong with this launch."""
+    """Yields what is wrong with this launch."""
     jitted, _, given, options = launch
     compiled = build(jitted, given, options, arch)
     used, loads = resources(compiled, folder), wide_loads(compiled)
@@ -58,7 +60,7 @@ def check(launch, kernel, dtype, arch, folder):
     if products(compiled) != expected:
         yield f"multiplies by {products(compiled)}, not {expected}"
     wide = sum(size == 16 for size in loads)
-    # The rest are biases, positions and single numbers; tokens of 12 numbers are no multiple of 16 bytes.
+    # The other loads are biases, positions and single numbers. A token of 12 numbers is no multiple of 16 bytes.
     if wide == 0 or (kernel != "embed" and wide < len(loads) / 2):
         yield f"loads {sorted(loads)} bytes at a time"
 
@@ -71,7 +73,7 @@ def test_half_precisions_have_the_same_tiles():
 
 
 def test_every_step_launches_every_kernel():
-    """Few queries normalize inside the next layer, the rest by a kernel of its own."""
+    """With few queries the next layer normalizes. With more, a kernel of its own does."""
     few, many = (
         {launch[0].__name__.removesuffix("_kernel") for launch in launches("afhq256", B, False, torch.bfloat16)}
         for B in (1, 128)
@@ -80,7 +82,7 @@ def test_every_step_launches_every_kernel():
 
 
 def test_launches_are_those_of_the_tuning():
-    """One query: narrow tiles, and the sum over K split until every multiprocessor has a program."""
+    """With one query, tiles are narrow, and sums over inputs are split until every multiprocessor has a program."""
     few = {describe(launch): launch[1] for launch in launches("afhq256", 1, False, torch.bfloat16)}
     assert few["linear residual out=16 in=256 M=16 splits=3"] == (48, 3)
     assert few["linear append norm out=16 in=256 M=16 splits=1"] == (144, 1)

@@ -1,6 +1,6 @@
-"""Each kernel of a sampling step against float64, by the error rule; through Triton's interpreter, or on a GPU.
+"""Each kernel of a sampling step is compared with float64 by the error rule, in Triton's interpreter or on a GPU.
 
-`plain` is what PyTorch makes of it under autocast: the residual stream float32, products in the storage type.
+`plain` is PyTorch's result under autocast: the residual stream is float32, and products are in the storage type.
 """
 
 import math
@@ -14,7 +14,7 @@ from tarflow_fast.ops.registry import triton_missing, triton_refuses
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-STARTS = {3: [0, 4, 8], 2: [8, 3], 1: [6]}  # positions of the rows, the last token of T = 10 never among them
+STARTS = {3: [0, 4, 8], 2: [8, 3], 1: [6]}  # {rows: their positions}, without the last of T = 10 tokens
 ORDERS = {"identity": list(range(10)), "flip": list(range(9, -1, -1)), "any": [3, 9, 0, 6, 1, 8, 5, 2, 7, 4]}
 
 
@@ -38,12 +38,12 @@ def scratch_for(R, W, C, hidden, H, T, E, dtype, device):
 
 
 def positions(starts, W):
-    """Positions of the queries (R W,), as the kernels number them."""
+    """Positions of the queries (R W,), in the order of the kernels."""
     return (starts[:, None] + torch.arange(W, device=starts.device)).flatten()
 
 
 def product(x, weight, bias, dtype):
-    """F.linear as autocast runs it; in float64 where everything is."""
+    """F.linear as autocast runs it, with all tensors cast to dtype. The truth takes float64."""
     return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
@@ -64,7 +64,7 @@ def test_embed(R, W, C, D, name, dtype, device):
     h = torch.full((R * W, C), torch.nan, device=device)
     order = torch.tensor(ORDERS[name], dtype=torch.int32, device=device)
     embed(x=x, weight=weight, bias=bias, pos_embed=pos, classes=classes, h=h, starts=starts, order=order, W=W)
-    assert torch.equal(starts[0], now), "the step begins where the one before it ended"
+    assert torch.equal(starts[0], now), "the step must begin where the one before it ended"
     p = positions(now, W)
     rows, place = torch.arange(R * W, device=device) // W, order[p.clamp(max=T - 1)]
 
@@ -78,7 +78,7 @@ def test_embed(R, W, C, D, name, dtype, device):
 
 # ---- linear layers -------------------------------------------------------------------------------------------------
 
-LAYERS = [(1, 32, 48), (5, 256, 16), (18, 64, 96), (33, 64, 64)]  # (M, K, N); K = 256 is split over programs
+LAYERS = [(1, 32, 48), (5, 256, 16), (18, 64, 96), (33, 64, 64)]  # (M, K, N); programs split the sum over K = 256
 
 
 def layer(M, K, N, dtype, device):
@@ -86,7 +86,7 @@ def layer(M, K, N, dtype, device):
     scratch = scratch_for(M, 1, N, K, 1, 10, 16, dtype, device)
     scratch["partials"] = torch.full(
         (8 * M * max(3 * K, N),), torch.nan, device=device
-    )  # nothing may read a stale part
+    )  # a kernel that reads an old partial sum gets NaN
     scratch["normalized"] = torch.zeros(M, K, dtype=dtype, device=device)
     scratch["counters"] = torch.zeros(256, dtype=torch.int32, device=device)
     return weight, bias, scratch
@@ -101,7 +101,7 @@ def test_residual(M, K, N, dtype, device):
     x, h = draw(M, K, device=device, dtype=dtype), draw(M, N, device=device)
     got = h.clone()
     linear(x, weight, bias, out=got, scratch=scratch, epilogue="residual")
-    assert not scratch["counters"].any(), "counters are left at zero for the next launch"
+    assert not scratch["counters"].any(), "counters must be left at zero for the next launch"
     truth, plain = (h + product(x, weight, bias, kind) for kind in (torch.float64, dtype))
     assert_accurate("h", got.cpu(), truth.cpu(), plain.float().cpu())
 
@@ -147,7 +147,8 @@ def test_append(R, W, dtype, device):
         qkv = product(normal, weight, bias, kind).view(R, W, 3, H, E).permute(2, 0, 3, 1, 4)
         pair = torch.full((2, R, H, T, E), -7.0, dtype=kind, device=device)
         for r, start in enumerate(STARTS[R]):
-            end = min(start + W, T - 1)  # neither past the cache, nor the last token, whose output nobody needs
+            # Nothing is written past the cache, nor for the last token, whose output nothing needs.
+            end = min(start + W, T - 1)
             pair[:, r, :, start:end] = qkv[1:, r, :, : end - start]
         return qkv[0].transpose(1, 2).reshape(M, C), pair
 
@@ -162,9 +163,9 @@ def test_append(R, W, dtype, device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("R, W, H, E, T, starts", [
     (1, 1, 1, 64, 10, [0]),
-    (3, 1, 2, 16, 300, [5, 64, 298]),  # split over keys, parts without any among them
+    (3, 1, 2, 16, 300, [5, 64, 298]),  # the keys are split, and some parts are empty
     (2, 3, 2, 32, 200, [0, 130]),
-    (1, 20, 1, 16, 100, [85]),  # the window runs past the end
+    (1, 20, 1, 16, 100, [85]),  # the window reaches past the end
 ])  # fmt: skip
 def test_cached_attention(R, W, H, E, T, starts, dtype, device):
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
@@ -177,11 +178,11 @@ def test_cached_attention(R, W, H, E, T, starts, dtype, device):
     places = torch.tensor([starts, [0] * R], dtype=torch.int32, device=device)
     p = positions(places[0], W)
     for r, start in enumerate(starts):
-        cache[:, r, :, min(start + W, T - 1) :] = torch.nan  # what is not there yet may hold anything
+        cache[:, r, :, min(start + W, T - 1) :] = torch.nan  # later places may hold anything
     temperature = torch.linspace(0.5, 2, R, device=device)
     got = torch.full((M, C), torch.nan, dtype=dtype, device=device)
     scale = (math.log2(math.e) * E**-0.5) / temperature
-    for _ in range(2):  # counters must be fit for a second launch
+    for _ in range(2):  # the first launch must leave counters that suit a second one
         cached_attention(q, cache, scale=scale, starts=places, out=got, scratch=scratch, W=W)
     assert not scratch["counters"].any()
 
@@ -201,7 +202,7 @@ def test_cached_attention(R, W, H, E, T, starts, dtype, device):
 
 @pytest.mark.interpreter
 def test_a_machine_filled_by_rows_splits_nothing(device, monkeypatch):
-    """The same sums, in one part or in several."""
+    """Sums are not split when the rows fill the machine, and the results agree with split sums."""
     from tarflow_fast.kernels.triton import tuning_step
     from tarflow_fast.kernels.triton.cached_attention import cached_attention
 
@@ -254,13 +255,13 @@ def test_cached_attention_does_not_depend_on_other_rows(device):
 ])  # fmt: skip
 def test_affine_inverse(B, W, C, D, scale, guided, name, dtype, device):
     judged = Judged()
-    for _ in range(judged.draws(B)):  # a sum of log-scales is one number a row
+    for _ in range(judged.draws(B)):  # a sum of log-scales is one number per row
         solve(judged, B, W, C, D, scale, guided, name, dtype, device)
     judged.check()
 
 
 def solve(judged, B, W, C, D, scale, guided, name, dtype, device):
-    """One draw of test_affine_inverse."""
+    """Computes one draw of test_affine_inverse."""
     from tarflow_fast.kernels.triton import tuning_step
     from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
 
@@ -272,7 +273,7 @@ def solve(judged, B, W, C, D, scale, guided, name, dtype, device):
     now = torch.tensor(STARTS[B] * (1 + guided), dtype=torch.int32, device=device)
     starts = torch.stack([now, torch.full_like(now, 77)])
     table = torch.rand(2, T).to(device)
-    table[0, 4] = 0.0  # no guidance of a there, whatever the unguided pass says
+    table[0, 4] = 0.0  # there a is not guided, whatever the unguided pass gives
     got = x.clone()
     order = torch.tensor(ORDERS[name], dtype=torch.int32, device=device)
     affine_inverse(

@@ -1,8 +1,8 @@
-"""A sampling step in an arbitrary order of the tokens: the permuted problem's values, bit for bit.
+"""A sampling step in an arbitrary order of the tokens gives the values of the permuted problem, bit for bit.
 
 The order is a permutation in device memory: order[i] is the place in x, z and pos_embed of the i-th token that the net
-sees. So the step on (x, z, pos_embed) in that order must find what the step on (x, z, pos_embed)[order] finds from the
-first token to the last.
+sees. So a step on (x, z, pos_embed) in that order must give what a step on (x, z, pos_embed)[order] gives when it takes
+the tokens from first to last.
 """
 
 import copy
@@ -21,7 +21,7 @@ from tarflow_fast.transforms import Guidance
 
 pytestmark = pytest.mark.interpreter
 T, B = 10, 3
-ORDER = ORDERS["any"]  # not its own inverse, so that a table read the wrong way round shows
+ORDER = ORDERS["any"]  # it is not its own inverse, so reading it the wrong way round fails
 
 
 def table(order, device):
@@ -102,4 +102,4 @@ def test_a_block(case, triton_device):  # noqa: F811
     got, its_log_det = invert_graph(shuffled.bijection, z, y, guidance, workspace)
     assert same_bits(got[:, order], expected) and same_bits(its_log_det, log_det)
     assert got.isfinite().all() and same_bits(got[:, order[0]], z[:, order[0]])
-    assert not (got == z).all(dim=2)[:, order[1:]].any(), "every later token was solved"
+    assert not (got == z).all(dim=2)[:, order[1:]].any(), "every later token must have been solved"

@@ -24,7 +24,7 @@ def flow():
 
 @pytest.fixture(scope="module")
 def folder(flow, tmp_path_factory):
-    """A folder, and files of its weights as others keep them; one with two flows."""
+    """A folder of flows, and of weight files in the form that other packages use. One file has two flows."""
     folder = tmp_path_factory.mktemp("tokens")
     flow.save_pretrained(folder / "flow")
     state = {key.replace("main.2", "main.3"): value for key, value in flow.state_dict().items() if key != "var"}
@@ -39,7 +39,7 @@ def folder(flow, tmp_path_factory):
 
 
 def run(capsys, *args):
-    """(exit code, standard output, standard error) of a command in this process."""
+    """Runs a command in this process and returns (exit code, standard output, standard error)."""
     code = main([str(arg) for arg in args])
     output = capsys.readouterr()
     return code, output.out, output.err
@@ -106,7 +106,7 @@ def test_labels_head_size_and_key_are_handed_on(tmp_path, capsys, folder, flow):
 
 
 def test_images_and_their_density(tmp_path, capsys, folder):
-    """The picture shows the images without their noise, the numbers are those the density belongs to."""
+    """The picture shows denoised images. The file holds the images before denoising, as the density belongs to them."""
     path, model = tmp_path / "a.npz", random_flow()
     args = ["sample", "--model", folder / "images", "--n", 4, "--noise_std", 0.1, "--out", tmp_path / "a.png"]
     code, out, _ = run(capsys, *args, "--save", path)

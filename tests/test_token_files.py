@@ -1,4 +1,4 @@
-"""Files of flows over tokens: folders of ours, checkpoints of others under their own names, and what is refused."""
+"""Files of flows over tokens: our folders, checkpoints of other packages with their own names, and what is refused."""
 
 import json
 import re
@@ -24,7 +24,7 @@ CONFIGS = [
 
 
 def theirs(model):
-    """The model's weights as flows of others keep them: no var, a Dropout in the MLPs, masks as buffers."""
+    """The model's weights as other packages store them: without var, with masks, and as if MLPs had a Dropout."""
     state = {key.replace("mlp.main.2", "mlp.main.3"): value for key, value in model.state_dict().items()}
     return OrderedDict((key, value) for key, value in state.items() if key != "var")
 
@@ -137,7 +137,7 @@ def test_our_own_state_dict_opens_with_its_variance(tmp_path):
     model = random_tokens_flow(nvp=False)
     torch.save(model.state_dict(), tmp_path / "a.pth")
     same_flow(TokenFlow.from_checkpoint(tmp_path / "a.pth"), model)
-    torch.save(AveragedModel(model).state_dict(), tmp_path / "averaged.pth")  # with n_averaged beside module.*
+    torch.save(AveragedModel(model).state_dict(), tmp_path / "averaged.pth")  # has n_averaged beside module.*
     same_flow(TokenFlow.from_checkpoint(tmp_path / "averaged.pth"), model)
 
 

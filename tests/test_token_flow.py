@@ -1,4 +1,4 @@
-"""TokenFlow: laws and values on tokens in any order, on every engine; density, samples and gradients."""
+"""TokenFlow: laws, values, density, samples and gradients on tokens in any order, with every engine."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def flow_in_orders(dtype=torch.float32, **config):
 
 
 def straight(flow):
-    """The same flow by gathering its tokens around blocks that see them as they lie: x -> (z, log_det)."""
+    """The function x -> (z, log_det) of the same flow. It gathers tokens around blocks that have no order."""
 
     def encode(x, y=None):
         total = 0.0
@@ -53,7 +53,10 @@ def test_a_block_in_an_order_is_a_block_of_gathered_tokens(nvp):
 
 
 def test_the_jacobian_in_float64():
-    """Its determinant is the log_det, from both sides; each block's is triangular in the order it sees."""
+    """The determinant of the Jacobian gives log_det in both directions.
+
+    The Jacobian of each block is triangular in the order that the block sees.
+    """
     flow, x = flow_in_orders(torch.float64), draw_rows(1, T, D, dtype=torch.float64)
     with torch.no_grad():
         z, log_det = flow(x)
@@ -64,7 +67,7 @@ def test_the_jacobian_in_float64():
     torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], log_det[0], rtol=1e-9, atol=1e-9)
     for block, order in zip(flow.blocks, ORDERS, strict=True):
         of_block = torch.autograd.functional.jacobian(lambda row, block=block: block(row)[0], x)[0, :, :, 0]
-        seen = of_block[order][:, :, order].abs().amax(dim=(1, 3))  # (T, T) by place in the net's order
+        seen = of_block[order][:, :, order].abs().amax(dim=(1, 3))  # (T, T), in the net's order
         assert seen.triu(1).max() == 0 and seen[torch.ones(T, T).tril().bool()].min() > 0
 
 
@@ -103,7 +106,7 @@ def test_orders_may_be_a_tensor_and_the_default_is_identity_and_flip():
 
 
 def test_a_flow_over_tokens_is_its_tarflow():
-    """The same weights with patches on top: the same bits, and log-dets that are means there."""
+    """A TarFlow with the same weights gives the same bits, except that the log-dets of its forward pass are means."""
     images = random_flow(channels=64, num_classes=0)
     T, D = images.var.shape
     sizes = dict(channels=64, num_blocks=len(images.blocks), layers_per_block=images.layers_per_block)
@@ -128,7 +131,7 @@ def density(flow, x, y=None, **options):
 
 
 def by_modules(flow, x, y=None):
-    """With gradients kept, the net's modules compute it."""
+    """log_prob as the net's modules compute it. They do because gradients are kept."""
     return flow.log_prob(x, y).detach()
 
 
@@ -153,7 +156,7 @@ def double(flow):
 
 @needs_native
 def test_density_depends_on_nothing_but_its_row(monkeypatch, threads):
-    """Not on the cut into passes, the threads, the neighbours, nor on what was packed before."""
+    """It does not depend on the cut into passes, the number of threads, other rows, or weights packed before."""
     from tarflow_fast.engines import cpu
 
     flow, x = flow_in_orders(), draw_rows(37, T, D)
@@ -181,7 +184,7 @@ def test_density_within_a_memory_limit():
 
 
 @needs_native
-def test_density_steps_aside_where_modules_must_run(untold):
+def test_density_steps_aside_where_modules_must_run(fresh_warnings):
     flow, x = flow_in_orders(), draw_rows(4, T, D)
     flow.blocks[1].proj_out.register_forward_hook(lambda module, inputs, output: 0 * output)
     changed = by_modules(flow, x)
@@ -198,7 +201,7 @@ def test_density_steps_aside_where_modules_must_run(untold):
 
 
 def test_a_differentiable_inverse_has_the_gradients_of_its_blocks():
-    """Blocks are inverted again in the backward pass; the gradient is that of the plain composition."""
+    """The backward pass inverts blocks again, and the gradient is that of the plain composition."""
     flow, z = flow_in_orders(torch.float64), draw_rows(2, T, D, dtype=torch.float64)
 
     def loss(x, log_det):
@@ -231,10 +234,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def test_a_differentiable_inverse_keeps_the_graph_of_one_block():
-    """Memory in MiB: six blocks take little more than two, where each block's graph alone takes hundreds."""
+    """Six blocks take little more memory than two, while the graph of each block alone takes hundreds of MiB."""
     two, six = (
         int(subprocess.run([sys.executable, "-c", PEAK.format(blocks=k)], capture_output=True, text=True).stdout)
         for k in (2, 6)
     )
-    grown = 64 * (48 * 49 // 2) * 2 * 2 * 64 * 4 >> 20  # keys and values of two layers, grown by one token at a time
-    assert grown > 70 and six - two < grown, f"{two} MiB for 2 blocks, {six} for 6, the caches of a graph {grown}"
+    grown = 64 * (48 * 49 // 2) * 2 * 2 * 64 * 4 >> 20  # keys and values of two layers, copied for every token
+    assert grown > 70 and six - two < grown, (
+        f"2 blocks take {two} MiB, 6 blocks take {six} MiB, and the caches of one graph take {grown} MiB"
+    )

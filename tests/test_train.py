@@ -1,4 +1,4 @@
-"""Training: exact resumption, the same losses from one process or two, files whole or absent, errors before damage."""
+"""Training: it resumes exactly, files are whole or absent, and errors come before any damage."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tarflow_fast.training.trainer import CHECKPOINT, nll_per_dim
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Models this small only lose by sharing work, most of all when tests run side by side."""
+    """Uses one thread, because such small models get slower with more, above all when tests run in parallel."""
     threads(1)
 
 
@@ -49,8 +49,8 @@ def test_learning_rate(schedule, warmup):
 def test_an_early_flow_that_overflows_is_drawn_without_a_warning(tmp_path):
     trainer = trainer_of(tiny(tmp_path, noise_type="gaussian", noise_std=0.1))
     with torch.no_grad():
-        trainer.ema.model.blocks[0].proj_out.bias.fill_(200.0)  # exp(200) is past float32
-    trainer.samples(tmp_path / "samples.png")  # a warning would be an error here
+        trainer.ema.model.blocks[0].proj_out.bias.fill_(200.0)  # exp(200) overflows float32
+    trainer.samples(tmp_path / "samples.png")  # a warning would fail this test
     assert (tmp_path / "samples.png").stat().st_size > 0
 
 
@@ -99,7 +99,7 @@ def test_flip_mirrors_about_half_of_the_images(tmp_path):
     x, _ = trainer.noisy(0, images, labels)
     clean = to_unit(images, 17)
     kept, mirrored = ((x == side).flatten(1).all(1) for side in (clean, clean.flip(-1)))
-    assert (kept | mirrored).all() and 90 < int((mirrored & ~kept).sum()) < 166  # 5 standard deviations around 128
+    assert (kept | mirrored).all() and 90 < int((mirrored & ~kept).sum()) < 166  # 128 +- 5 standard deviations
 
 
 def test_uniform_noise_dequantises(tmp_path):
@@ -122,7 +122,7 @@ def test_ranks_cut_one_global_batch(tmp_path, noise_type):
 
 
 def test_one_step_is_adamw_on_the_loss(tmp_path):
-    """A step against the same step written out: gradient of the mean loss, clipped, AdamW, then the average."""
+    """A step gives the same as its parts written out: gradient of the mean loss, clipping, AdamW, then the average."""
     config = tiny(tmp_path, accumulate=4, clip=0.5, weight_decay=0.1).resolved()
     trainer = trainer_of(config)
     model = TarFlow(**trainer.model.config)
@@ -141,7 +141,7 @@ def test_one_step_is_adamw_on_the_loss(tmp_path):
         norm.item(), rel=1e-5
     )
     assert line["lr"] == rate and line["step"] == 1 and line["epoch"] == pytest.approx(32 / 1797)
-    # an Adam step has size lr whatever the gradient: where a gradient is rounding noise its sign may differ
+    # An Adam step has size lr whatever the gradient, and if the gradient is rounding noise, its sign may differ.
     difference = max(
         (p - q).abs().max().item() for p, q in zip(model.parameters(), trainer.model.parameters(), strict=True)
     )
@@ -170,7 +170,7 @@ def test_resumed_run_is_bit_for_bit_the_straight_one(tmp_path, changes):
     straight = train(tiny(tmp_path / "straight", stop_at=6, **changes))
     assert (straight.steps, straight.total) == (6, 57)
     first = train(tiny(tmp_path / "resumed", stop_at=3, **changes))
-    torch.randn(3)  # what others draw in between must not matter
+    torch.randn(3)  # other draws in between must not matter
     second = train(tiny(tmp_path / "resumed", stop_at=6, **changes))
     assert (first.steps, second.steps) == (3, 6)
     for name in (CHECKPOINT, "model/model.safetensors", "model/config.json"):
@@ -193,7 +193,7 @@ def test_work_lost_after_a_checkpoint_is_repeated_exactly(tmp_path):
     late, lines = (tmp_path / CHECKPOINT).read_bytes(), metrics(tmp_path, "step", "loss")
     (tmp_path / CHECKPOINT).write_bytes(early)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # cut short by the crash
+        file.write('{"step": 5, "lo')  # the crash cut this line short
     (tmp_path / f".{CHECKPOINT}.k2j4").write_bytes(b"half")
     train(tiny(tmp_path, stop_at=4))
     assert (tmp_path / CHECKPOINT).read_bytes() == late
@@ -223,7 +223,7 @@ def test_it_learns_and_the_folder_is_complete(tmp_path):
     )
     assert record["result"]["steps"] == 113 and record["result"]["loss"] == losses[-1]
     assert record["data"] == {"source": "digits", "images": 1797, "levels": 17, "classes": list("0123456789")}
-    # 10 rows of 8 pictures of 8x8, five times enlarged, in two panels
+    # There are two panels, each with 10 rows of 8 pictures of 8x8 pixels, enlarged five times.
     assert Image.open(tmp_path / "samples" / "step_0000113.png").size == (
         2 * (8 * 42 + 2) + 3 * 16,
         10 * 42 + 2 + 40 + 16,

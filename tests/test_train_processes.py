@@ -1,4 +1,4 @@
-"""Training among signals, crashes and other processes: the step is finished, files are whole, two train like one."""
+"""Training with signals, crashes and several processes: a step is finished, files are whole, two train like one."""
 
 import random
 import signal
@@ -97,11 +97,11 @@ sys.exit(code)
 
 @pytest.mark.parametrize("changes", [{}, dict(nvp=False, accumulate=2)], ids=["plain", "prior, two parts"])
 def test_two_processes_train_like_one(tmp_path, changes):
-    """The same global batch, noise and dropped labels: only the order of the gradient's sum differs.
+    """Two processes have the global batch, noise and dropped labels of one. Only the gradient's sum has another order.
 
-    Bound: two float32 half sums against one whole differ by about 2^-24 = 6e-8, and ten AdamW steps amplify that
-    (where a gradient is near zero its normalised step keeps little but the sign). Measured over three seeds: at most
-    3.0e-6 of the loss (which falls to 0.04 here) and 1.2e-7 of the gradient norm.
+    The bound: a float32 sum differs from the sum of its two halves by about 2^-24 = 6e-8. Ten AdamW steps amplify that,
+    because where a gradient is near zero, the normalised step keeps little but the sign. Measured over three seeds, the
+    difference was at most 3.0e-6 of the loss, which falls to 0.04 here, and 1.2e-7 of the gradient norm.
     """
     flags = dict(epochs=0.18, drop_label=0.3, **changes)
     with socket.socket() as free:
@@ -116,11 +116,11 @@ def test_two_processes_train_like_one(tmp_path, changes):
     one, two = (np.array(metrics(tmp_path / name, "loss", "grad_norm")) for name in ("one", "two"))
     assert len(one) == 11
     np.testing.assert_allclose(two, one, rtol=1e-5)
-    assert process.stdout.count("images/s") == 11  # one process reports
+    assert process.stdout.count("images/s") == 11  # only one process reports
     tensors = [read_state(tmp_path / name / CHECKPOINT)[0]["model.var"] for name in ("one", "two")]
     torch.testing.assert_close(*tensors, rtol=1e-5, atol=0)
     assert "2 x cpu" in process.stdout
-    # a thread of the process group that outlives the interpreter may abort the process after its work is done
+    # If a thread of the process group outlives the interpreter, it may abort the process after its work is done.
     assert process.stdout.count("left: ") == 2 and "gloo" not in process.stdout.split("left: ", 1)[1]
 
 

@@ -1,4 +1,4 @@
-"""Training: settings, devices, checkpoints and losses that are refused, each with a message that says why."""
+"""Training refuses some settings, devices, checkpoints and losses, each with a message that says why."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from tarflow_fast.training.trainer import CHECKPOINT
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Models this small only lose by sharing work, most of all when tests run side by side."""
+    """Uses one thread, because such small models get slower with more, above all when tests run in parallel."""
     threads(1)
 
 
@@ -70,7 +70,7 @@ def test_a_run_that_is_over_says_so(tmp_path, caplog):
     assert "continuing" not in caplog.text
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"^train: device 'cuda' was asked for, and torch .* sees no GPU$"):
         train(tiny(tmp_path / "run", device="cuda"))
@@ -119,4 +119,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(tiny(tmp_path, lr=1e30, warmup=0.0))
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert [step for (step,) in metrics(tmp_path, "step")] == [1, 2, 3]
-    assert train(tiny(tmp_path, stop_at=3)).steps == 3  # and the run can go on
+    assert train(tiny(tmp_path, stop_at=3)).steps == 3  # the run can go on

@@ -1,8 +1,9 @@
-"""The kernels of training and density compile for sm_80 and sm_90 without a GPU, in every configuration of tuning.py:
-no spills, little shared memory, tensor cores where there are some, 16-byte loads.
+"""The kernels of training and density compile for sm_80 and sm_90 without a GPU, in every configuration of tuning.py.
 
-fp16 is compiled in fewer sizes. In all 240 kernels below it took the shared memory, stack, loads and stores of bf16,
-whose elements are as large.
+No registers may spill, shared memory must fit, tensor cores must be used where there are some, and loads have 16 bytes.
+
+fp16 is compiled in fewer sizes. Compared over all 240 kernels below, it took the shared memory, stack, loads and stores
+of bf16, because its elements have the same size.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from test_triton_compile import SHARED_LIMIT, compile_kernel, fresh_cache, resou
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 STRIDES = ("stride_b", "stride_t", "stride_h")
-ATTENTION_POINTERS = {  # of (storage type, float32)
+ATTENTION_POINTERS = {  # {part: (pointers to the storage type, pointers to float32)}
     "forward": (("q_ptr", "k_ptr", "v_ptr", "out_ptr"), ("lse_ptr",)),
     "query": (("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dqkv_ptr"), ("lse_ptr", "statistics_ptr")),
     "key": (("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dqkv_ptr"), ("statistics_ptr",)),
@@ -55,31 +56,31 @@ def compile_attention(part, arch, E, dtype, even):
 )
 @pytest.mark.parametrize("part", ATTENTION_POINTERS)
 def test_attention(part, E, dtype, arch, tmp_path):
-    """Of ragged tiles and of whole ones."""
+    """The kernel compiles both when tiles divide T evenly and when they do not."""
     for even in (False, True):
         compiled = compile_attention(part, arch, E, dtype, even)
         check_attention(compiled, arch, tmp_path)
         ptx = compiled.asm["ptx"]
         if dtype == "fp32":
-            assert "mma" not in ptx, "TF32 in place of float32"
+            assert "mma" not in ptx, "TF32 must not replace float32"
         else:
             assert ("wgmma.mma_async" if arch == 90 else "mma.sync") in ptx
 
 
 def check_attention(compiled, arch, folder):
     used = resources(compiled, folder)
-    limit = SHARED_LIMIT[90] if arch == 90 else 99 * 1024  # what desktop GPUs have, which take the tiles of 80 too
+    limit = SHARED_LIMIT[90] if arch == 90 else 99 * 1024  # desktop GPUs have 99 KiB and take the tiles of 80 too
     assert used["LOCAL"] == 0 and used["STACK"] == 0 and compiled.metadata.shared <= limit, used
     ptx = compiled.asm["ptx"]
     loads = widths(compiled) + [int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)]
-    # All but the few loads and the one store of rows of statistics, which have fewer numbers than there are threads.
+    # Only the few loads and the one store of row statistics are narrower: they have fewer numbers than threads.
     assert sum(width == 16 for width in loads) >= 2 / 3 * len(loads), sorted(loads)
     assert sum(width < 16 for width in widths(compiled, "st")) <= 1, widths(compiled, "st")
 
 
 @pytest.mark.parametrize("part", ATTENTION_POINTERS)
 def test_attention_of_one_token_and_head(part):
-    """A launch turns arguments that are 1 into constants."""
+    """The kernel compiles with arguments that are 1. A launch turns these into constants."""
     stored, wide = ATTENTION_POINTERS[part]
     constants = {"E": 64, "EVEN": False, "BLOCK_OWN": 64, "BLOCK_WALK": 32} | dict.fromkeys(
         ("T", "heads", "H", "together"), 1
@@ -101,7 +102,7 @@ def test_attention_tiles_fit_each_other():
                 tiles = {part: tuning.attention(part, E, dtype, arch) for part in ATTENTION_POINTERS}
                 for each in tiles.values():
                     assert each.own % each.walk == 0 and attention_tiles.PADDING.value % each.own == 0
-                # what key_kernel reads of statistics past T, query_kernel must have written
+                # key_kernel reads statistics past T, and query_kernel must have written those.
                 assert tiles["query"].own % tiles["key"].walk == 0
 
 
@@ -109,7 +110,7 @@ def test_attention_tiles_fit_each_other():
 
 
 def rows_kernels(op, stored, stream, N, full):
-    """(kernel, pointers, integers, constants, num_warps) of the forward and the backward kernel of an op."""
+    """Yields (kernel, pointers, integers, constants, num_warps) for the kernels of an op: forward, then backward."""
     import triton.language as tl
     from tarflow_fast.kernels.triton import tuning
 
@@ -146,8 +147,8 @@ def rows_kernels(op, stored, stream, N, full):
     yield kernels.backward_kernel, backward[0], ("rows", "steps"), backward[1] | width | tile, rows.num_warps
 
 
-STORAGE = [("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]  # rows, stream
-WIDTHS = {  # of the published flows, one that is no multiple of anything, and the widest; tiles change between them
+STORAGE = [("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]  # (rows, stream)
+WIDTHS = {  # those of the published flows, 61 (a multiple of nothing), and the widest; tiles change between
     "layer_norm": (61, 768, 1024, 2048, 4096, 8192),
     "bias_gelu": (61, 3072, 4096),
     "bias_residual": (61, 768, 1024),
@@ -168,7 +169,7 @@ def test_row_ops(op, stored, stream, arch, tmp_path):
             assert compiled.metadata.shared <= 48 * 1024
             if N != 61:
                 loads, stores = widths(compiled), widths(compiled, "st")
-                # the rest: mean and rstd, a number a row
+                # The other loads are mean and rstd, which have one number per row.
                 assert loads.count(4) <= 2 and loads.count(16) + loads.count(4) == len(loads), (number, N, loads)
                 assert 16 in stores, (number, N, stores)
 

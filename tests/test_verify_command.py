@@ -1,4 +1,4 @@
-"""`tarflow-fast verify FLOW`: what it is measured on, what is printed, exit codes, one clean line for every mistake."""
+"""`tarflow-fast verify FLOW`: what it measures on, what it prints, exit codes, and one clean line for every mistake."""
 
 import json
 
@@ -82,7 +82,7 @@ def test_command_on_a_flow_over_tokens(tmp_path, capsys):
     code, out, _ = run(capsys, tmp_path / "flow", "--data", tmp_path / "x.npy")
     assert code == 0 and out == verify_flow(flow, torch.arange(60.0).view(4, 5, 3) % 3).table() + "\n"
     weights = random_tokens_flow(head_size=32).state_dict()
-    del weights["var"]  # as flows over tokens are kept elsewhere
+    del weights["var"]  # other packages keep flows over tokens without it
     torch.save({"ema": weights, "other": weights}, tmp_path / "flow.pth")
     code, out, _ = run(capsys, tmp_path / "flow.pth", "--key", "ema", "--head_size", 32, "--n", 4)
     assert code == 0 and out.startswith("TokenFlow of 2 blocks, 5 tokens of 3 numbers, float32")

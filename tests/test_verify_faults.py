@@ -1,4 +1,4 @@
-"""verify_flow finds planted faults, names their block, and says so in its JSON and exit code."""
+"""verify_flow finds planted faults, names their block, and reports them in its JSON and exit code."""
 
 import json
 import math
@@ -25,7 +25,7 @@ class WrongInverse(Affine):
 
 
 class WrongLogDet(Affine):
-    """Forward and inverse agree with each other, and neither with the Jacobian."""
+    """Its forward and inverse agree with each other, but neither agrees with the Jacobian."""
 
     def forward(self, x, parameters, flip=False, backend="auto"):
         z, log_det = super().forward(x, parameters, flip, backend)
@@ -33,7 +33,7 @@ class WrongLogDet(Affine):
 
     def inverse(self, z, parameters):
         x, log_det = super().inverse(z, parameters)
-        return x, log_det - 1e-3 / 15  # a token; of 16, all but the first
+        return x, log_det - 1e-3 / 15  # this is called for each of 16 tokens but the first
 
 
 class OneSidedLogDet(Affine):
@@ -89,7 +89,7 @@ def test_a_net_that_looks_ahead_is_not_triangular():
 
 
 def exploding(scale=60.0):
-    """Block 1 of two, the first to be inverted, multiplies by up to exp(scale / 10) and more."""
+    """A flow of two blocks. Block 1 is inverted first, and multiplies by up to exp(scale / 10) and more."""
     flow = random_flow(scale=0.05)
     with torch.no_grad():
         flow.blocks[1].proj_out.weight.mul_(scale)
@@ -107,7 +107,7 @@ def test_an_overflowing_inverse_fails_and_its_block_is_named(tmp_path, capsys):
 
 
 def test_rows_that_overflow_are_counted():
-    """In block 1, of the rows of noise and of those samples that have a finite z."""
+    """The report counts the rows that overflow in block 1, among the noise and the samples that have a finite z."""
     flow = exploding(10.0)
     report = verify_flow(flow, n=64, jacobian_rows=0)
     z = torch.randn(64, 16, 4, generator=torch.Generator().manual_seed(0)) * flow.var.sqrt()

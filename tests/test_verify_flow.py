@@ -1,4 +1,4 @@
-"""verify_flow: its figures against direct computations, flows of every kind, bad input."""
+"""verify_flow: its figures agree with direct computations, it takes flows of every kind, and it refuses bad input."""
 
 import math
 
@@ -22,7 +22,7 @@ def one_thread(threads):
 
 
 def constant_flow(T=5, D=3, K=2, dtype=torch.float64, seed=3):
-    """A flow over tokens whose nets ignore them: log-scales and shifts are the biases of proj_out."""
+    """A flow over tokens whose nets ignore the tokens, so that log-scales and shifts are the biases of proj_out."""
     flow, draws = TokenFlow(T, D, 64, K, 1), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in flow.blocks:
@@ -35,7 +35,7 @@ def constant_flow(T=5, D=3, K=2, dtype=torch.float64, seed=3):
 
 @pytest.fixture(scope="module")
 def digits():
-    """The shipped flow, labels, and its report."""
+    """The shipped flow, the labels, and the report of the flow."""
     flow, _ = open_flow("digits")
     y = torch.arange(64) % 10
     return flow, y, verify_flow(flow, y=y, n=64)
@@ -106,7 +106,7 @@ def test_stretches_of_constant_nets_in_closed_form():
     for sign, key in ((1, "inverse_stretch"), (-1, "forward_stretch")):
         expected = []
         for block in flow.blocks:
-            scale = (2 * sign * block.proj_out.bias[:3]).exp()  # squared; the first of five tokens keeps its size
+            scale = (2 * sign * block.proj_out.bias[:3]).exp()  # squared; the first of 5 tokens is not scaled
             expected.append((((3 + 4 * scale.sum()) / 15) ** 0.5).item())
         assert by_block(report, key) == pytest.approx(expected, rel=1e-6)
     assert by_block(report, "largest_a") == [block.proj_out.bias[:3].abs().max().item() for block in flow.blocks]
@@ -118,7 +118,8 @@ def test_reach_of_one_constant_net_in_closed_form():
     a, b = flow.blocks[0].proj_out.bias.detach().chunk(2)
     z = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0)).double()
     x = torch.cat([z[:, :1], z[:, 1:] * a.exp() + b], dim=1)
-    # The two moves of an element add up where both go the same way, as some of 40 tokens do. The first is not scaled.
+    # The two changes of an element add up if both have the same sign, as for some of 40 tokens. The first token is not
+    # scaled.
     most_x, most_z = x.abs().max().item(), z.abs().max().item()
     up, down = max(1.0, a.max().exp().item()), max(1.0, (-a).max().exp().item())
     assert report.facts["reach_x"] == pytest.approx(most_z * up + most_x, rel=1e-6)
@@ -171,7 +172,7 @@ def test_limits_follow_the_dtype(dtype):
     assert facts["roundings"] == 8 and facts["roundoff_forward"] == facts["roundoff_inverse"] == u
     largest = random_images(flow, B=20).abs().max().item()
     assert row["limit"] == pytest.approx(min(16 * u * facts["reach_x"], math.sqrt(2 * u) * largest), rel=1e-12)
-    assert row["largest"] > u / 8  # an error was there to be measured
+    assert row["largest"] > u / 8  # there was an error to measure
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "native")

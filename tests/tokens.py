@@ -1,4 +1,4 @@
-"""Small flows over tokens that do something, and the plain PyTorch they are held to."""
+"""Small flows over tokens with drawn weights, and the same in plain PyTorch, for comparison."""
 
 import torch
 from flows import draw_parameters
@@ -11,7 +11,7 @@ SIZES = dict(num_tokens=5, token_size=3, channels=64, num_blocks=2, layers_per_b
 
 
 def random_tokens_flow(seed=0, dtype=torch.float32, scale=0.05, **config):
-    """A TokenFlow with every parameter drawn; scale is the size of its log-scales and shifts."""
+    """A TokenFlow with every parameter drawn. scale is the size of its log-scales and shifts."""
     return draw_parameters(TokenFlow(**SIZES | config), seed, scale).to(dtype).eval()
 
 
@@ -20,7 +20,7 @@ def draw_rows(B, T, D, seed=1, dtype=torch.float32):
 
 
 class Block(MetaBlock):
-    """The reference's block; its inverse also tells its log-determinant."""
+    """The reference's block, whose inverse also gives its log-determinant."""
 
     def step(self, *args, **kwargs):
         a, b = super().step(*args, **kwargs)
@@ -34,11 +34,11 @@ class Block(MetaBlock):
 
 
 class PlainTokens(nn.Module):
-    """The reference's blocks on tokens, identity and flip in turn, log-determinants summed in nats.
+    """The reference's blocks as a flow over tokens. Every second block flips them. Log-determinants are sums in nats.
 
     Args:
-        state: weights under the names of TokenFlow, or of flows whose MLPs have a Dropout.
-        num_tokens, token_size, channels, num_blocks, layers_per_block: as in TokenFlow.
+        state: weights with the names of TokenFlow, or with the names of flows whose MLPs have a Dropout.
+        num_tokens, token_size, channels, num_blocks, layers_per_block: the same as in TokenFlow.
     """
 
     def __init__(self, state, num_tokens, token_size, channels, num_blocks, layers_per_block, **_):

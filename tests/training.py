@@ -1,4 +1,4 @@
-"""Small training runs, and folders of pictures, for the tests of data, training, command line and demo."""
+"""Small training runs and folders of pictures, for the tests of data, training, the command line and the demo."""
 
 import json
 import os
@@ -24,12 +24,15 @@ TINY = dict(
 
 
 def tiny(out, **changes) -> TrainConfig:
-    """Digits, 4 tokens of 16 numbers, two blocks of one layer: a step takes milliseconds. 57 steps an epoch."""
+    """The settings of a run on digits with 4 tokens of 16 numbers, and two blocks of one layer.
+
+    A step takes milliseconds, and an epoch has 57 steps.
+    """
     return TrainConfig(out=Path(out), **{**TINY, **changes})
 
 
 def tiny_flags(out, **changes) -> list[str]:
-    """The command line of `tiny`."""
+    """The same settings as arguments of the command line."""
     values = {**TINY, "out": out, **changes}
     flags = ["train"]
     for name, value in values.items():
@@ -38,20 +41,23 @@ def tiny_flags(out, **changes) -> list[str]:
 
 
 def command(*args, **env):
-    """(arguments, keyword arguments) of subprocess for `python -m ...`, on one thread, installed or not."""
+    """(arguments, keyword arguments) for subprocess to run `python -m ...` on one thread.
+
+    It works whether the package is installed or not.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
     return [sys.executable, "-m", *map(str, args)], {"env": env, "text": True, "stdout": subprocess.PIPE, "stderr": -2}
 
 
 def metrics(out, *names):
-    """The values of metrics.jsonl, a tuple a line."""
+    """The values of these names in metrics.jsonl, one tuple for each line."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [tuple(line[name] for name in names) for line in lines]
 
 
 def write_image(path, pixels, **save):
-    """pixels: (H, W) or (H, W, 3) numbers -> a file of that name."""
+    """Writes pixels, an array of (height, width) or (height, width, 3) numbers, into a file, and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path, **save)
     return path

@@ -172,6 +172,16 @@ int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_argument
     return chosen->pass(plan, workspace, arguments, tf::usable(threads));
 }
 
+int64_t tf_made_numbers(const tf_made* made) { return chosen->made_numbers(made); }
+
+int tf_made_pack(const tf_made* made, void* packed, int threads) {
+    return chosen->made_pack(made, packed, tf::usable(threads));
+}
+
+int tf_made_invert(const tf_made* made, const void* packed, const tf_made_rows* rows, int threads) {
+    return chosen->made_invert(made, packed, rows, tf::usable(threads));
+}
+
 void tf_test_gelu(const float* x, float* y, int64_t n) { chosen->test_gelu(x, y, n); }
 
 int tf_test_matmul(const float* x, const float* w, const float* bias, float* y, int64_t rows, int64_t columns,

@@ -21,6 +21,9 @@
     X(workspace_destroy) \
     X(invert)            \
     X(pass)              \
+    X(made_numbers)      \
+    X(made_pack)         \
+    X(made_invert)       \
     X(peak_read)         \
     X(peak_flops)        \
     X(test_exp)          \

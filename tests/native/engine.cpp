@@ -1,7 +1,8 @@
-// The engine without Python, for the sanitizers: packs, inverts and runs passes of two small blocks in every precision,
-// split and number of threads, in one call and stage by stage, and holds the bits to those of one thread.
+// The engine without Python, for the sanitizers. It packs, inverts and runs passes of two small blocks in every
+// precision, split and number of threads, in one call and stage by stage. The bits must always be those of one thread.
 //
-// Arguments: instruction sets to run; those the machine lacks are left out. Exit status: 0 when all is well.
+// The arguments are the instruction sets to run. Those that the machine lacks are left out. Exit status 0 means that
+// all is well.
 #include <stdio.h>
 #include <string.h>
 
@@ -16,6 +17,8 @@
             return 1;                                      \
         }                                                  \
     } while (0)
+
+int check_made();  // made.cpp
 
 namespace {
 
@@ -50,13 +53,13 @@ struct Case {
     int split;
     std::vector<float> z, scale, strength;
     std::vector<int64_t> labels;
-    std::vector<int32_t> order;  // empty: that of z
+    std::vector<int32_t> order;  // if it is empty, the order is that of z
     int64_t rows() const { return batch * (guided ? 2 : 1); }
     int64_t place(int64_t i) const { return order.empty() ? i : order[i]; }
     const int32_t* places() const { return order.empty() ? nullptr : order.data(); }
 };
 
-// x and log_det of the inverse, then a and b of a pass over windows of up to three tokens of x.
+// Gives log_det and x of the inverse, and then a and b of passes over windows of up to three tokens of x.
 int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::vector<double>& result) {
     const tf_block& s = c.block;
     const int64_t B = c.batch, T = s.tokens, D = s.token_size, R = c.rows(), out = D * (1 + s.transform), window = 3;
@@ -101,7 +104,7 @@ int check(const Case& c, const std::vector<const void*>& weights) {
         int64_t bad = -1;
         CHECK(tf_plan_create(&c.block, &plan) == TF_OK);
         CHECK(tf_plan_pack(plan, weights.data(), TF_F32, threads, &bad) == TF_OK);
-        for (double seconds : {1e9, 0.0}) {  // 0: one stage a call, or as few as the engine takes
+        for (double seconds : {1e9, 0.0}) {  // with 0, a call does as few stages as it can
             if (run(c, plan, threads, seconds, result)) return 1;
             if (right.empty()) right = result;
             CHECK(right.size() == result.size());
@@ -120,6 +123,9 @@ int main(int count, char** isas) {
         const int status = tf_select_isa(isas[k]);
         if (status == TF_ISA_UNSUPPORTED) continue;
         CHECK(status == TF_OK);
+        const int made = check_made();
+        CHECK(made > 0);
+        cases += made;
         for (int precision = 0; precision < 3; ++precision)
             for (tf_block block : {tf_block{5, 5, 128, 2, 64, 512, 3, 1, 0}, tf_block{4, 3, 96, 1, 32, 100, 0, 0, 0}}) {
                 block.precision = precision;
@@ -133,7 +139,7 @@ int main(int count, char** isas) {
                             c.z = draw(batch * block.tokens * block.token_size, 1.0f);
                             c.scale = draw(c.rows(), 1.0f);
                             for (int64_t b = 0; b < batch; ++b) c.labels.push_back(b % 4 - 1);
-                            // batches of 2 and 9: the last token first, then from the first on
+                            // In batches of 2 and 9, the last token comes first, and the others follow in order.
                             for (int64_t i = 0; batch > 1 && i < block.tokens; ++i)
                                 c.order.push_back(int32_t((i + block.tokens - 1) % block.tokens));
                             if (check(c, weights)) return 1;

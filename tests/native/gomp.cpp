@@ -1,5 +1,5 @@
-// The OpenMP runtime, as much of it as the engine needs, on plain threads. ThreadSanitizer sees those begin and end; of
-// the system's libgomp, which is not built for it, it sees nothing.
+// As much of the OpenMP runtime as the engine needs, on plain threads. ThreadSanitizer sees these threads begin and
+// end. The system's libgomp is not built for ThreadSanitizer, which therefore sees nothing of its threads.
 #include <pthread.h>
 
 #include <vector>
