@@ -71,6 +71,8 @@ def truth(case, x, ab, dz, dlog_det):
 def test_values_and_gradients(case, dtypes, backend, device):
     if why_not := _OP.why_not(backend, device, dtypes[0]):
         pytest.skip(why_not)
+    if os.environ.get("TRITON_INTERPRET") == "1" and case.T * case.D > 4000 and dtypes not in DTYPES[:2]:
+        pytest.skip("the other sizes show every type, and the large ones show large sizes")
     inputs = affine_inputs(case, dtypes, device)
     got = everything(backend, *inputs, case.flip)
     plain = everything("torch", *inputs, case.flip)

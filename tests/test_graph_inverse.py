@@ -77,8 +77,8 @@ CASES = {  # the block, the guidance, and how many tokens a step solves
     "flip-classes-guided": ({"flip": True, "num_classes": 3, "num_layers": 2}, GUIDED, 1),
     "shift-only-annealed": ({"nvp": False}, ANNEALED, 1),
     "annealed-scale": ({"flip": True, "C": 32}, ANNEALED, 1),
-    "window": ({"num_classes": 3, "T": 4}, Guidance(0.7, "b"), 3),
-    "window-flip-guided": ({"flip": True, "T": 4}, GUIDED, 2),
+    "window": ({"num_classes": 3, "T": 4}, Guidance(), 3),
+    "window-flip-guided": ({"flip": True, "T": 4}, Guidance(0.7, "b", attn_temp=0.6), 2),
 }
 
 
@@ -94,6 +94,8 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
         pytest.skip("two cases of this type are enough for an interpreter")
     block = make_block(**{"T": 3} | config).to(triton_device)
     T = block.pos_embed.size(0)
+    # A log_det is one number a row. PyTorch's largest error, the measure of ours, is mere luck among 3 rows: 8 of 100
+    # draws failed.
     rows = 24
     z = noise(rows=rows, T=T).to(triton_device)
     y = torch.arange(rows, device=triton_device) % 4 - 1 if block.num_classes else None
@@ -101,12 +103,15 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
     autocast = torch.autocast(triton_device.type, dtype, enabled=storage != "fp32")
     arguments = (guidance.weight, guidance.what, guidance.attn_temp, guidance.annealed)
     truth = reference_block(block, torch.float64).to(triton_device).reverse(z.double(), y, *arguments)
+    exact_log_det = copy.deepcopy(block).double().invert(z.double(), y, guidance, Call("torch"))[1]
     with autocast:
+        plain_log_det = block.invert(z, y, guidance, Call("torch"))[1]
         plain = reference_block(block, torch.float32).to(triton_device).reverse(z, y, *arguments)
         workspace = GraphWorkspace(weights_of(block), rows, guidance.active, dtype, window=W)
         workspace.prepare()
         x, log_det = invert_graph(block.bijection, z, y, guidance, workspace)
     assert_accurate("x", x.cpu(), truth.cpu(), plain.cpu())
+    assert_accurate("log_det", log_det.cpu(), exact_log_det.cpu(), plain_log_det.cpu())
     assert torch.equal(z, kept), "the caller's noise must not be written"
     # A guided net has no forward pass. Without guidance, the forward pass must give back the noise and -log_det.
     if not guidance.active:
@@ -114,20 +119,6 @@ def test_a_block_is_that_of_the_reference(case, storage, triton_device):
         slack = {"fp32": 1e-4, "fp16": 0.1, "bf16": 1.0}[storage]
         torch.testing.assert_close(back, z.double(), rtol=0, atol=slack)
         torch.testing.assert_close(-mean * T * D, log_det.double(), rtol=0, atol=slack * 3)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["plain", "guided"])
-def test_log_det_is_that_of_the_sequential_inverse(guidance, triton_device):
-    # log_det is one number per row, and our error is compared with PyTorch's largest. Among 3 rows that is mere luck: 8
-    # of 100 draws failed.
-    block, z = make_block(T=3).to(triton_device), noise(rows=64, T=3).to(triton_device)
-    _, log_det = invert_graph(block.bijection, z, None, guidance)
-    exact, plain = (
-        copy.deepcopy(block).to(kind).invert(z.to(kind), None, guidance, Call("torch"))[1]
-        for kind in (torch.float64, torch.float32)
-    )
-    assert_accurate("log_det", log_det.cpu(), exact.cpu(), plain.cpu())
 
 
 @pytest.mark.interpreter

@@ -19,7 +19,6 @@ from tarflow_fast.transforms import Guidance
 
 pytestmark = pytest.mark.interpreter
 T, ROWS = 5, 24
-WHOLE, SINGLE, WINDOWS = [T], [1] * T, [2, 2]
 
 
 def labels(block, rows=ROWS):
@@ -43,11 +42,11 @@ def on_torch(kind, block, tokens, guidance):
 
 
 CASES = {
-    "plain": ({}, None, Guidance(), WHOLE),
-    "classes-flip-guided": ({"num_classes": 3, "flip": True, "num_layers": 2, "T": 4}, None, GUIDED, WINDOWS),
-    "order-classes": ({"num_classes": 3}, [2, 0, 4, 3, 1], Guidance(), SINGLE),
-    "order-annealed-a": ({"C": 32, "T": 4}, [2, 0, 3, 1], ANNEALED, [1, 3]),
-    "shift-guided": ({"nvp": False}, None, Guidance(0.7, "b", attn_temp=0.6), WHOLE),
+    "plain": ({}, None, Guidance(), [T]),
+    "classes-flip-guided": ({"num_classes": 3, "flip": True, "num_layers": 2, "T": 4}, None, GUIDED, [2, 2]),
+    "order-classes": ({"num_classes": 3, "C": 32, "T": 4}, [2, 0, 3, 1], Guidance(), [1] * 4),
+    "order-annealed-a": ({"T": 4}, [2, 0, 3, 1], ANNEALED, [1, 3]),
+    "shift-guided": ({"nvp": False}, None, Guidance(0.7, "b", attn_temp=0.6), [T]),
     "one-token": ({"T": 1}, None, Guidance(), [1]),
 }
 

@@ -49,7 +49,11 @@ def test_every_isa(isa):
     run_marked("every_isa", marked("every_isa"), TARFLOW_CPU_ISA=isa)
 
 
+INTERPRETED = marked("interpreter")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("name", marked("interpreter"))
-def test_interpreter(name):
-    run_marked("interpreter", [name], TRITON_INTERPRET="1")
+@pytest.mark.parametrize("names", [INTERPRETED[i : i + 3] for i in range(0, len(INTERPRETED), 3)], ids="+".join)
+def test_interpreter(names):
+    """Three files a process, which takes three seconds of a processor to begin."""
+    run_marked("interpreter", names, TRITON_INTERPRET="1")

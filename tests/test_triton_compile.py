@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for sm_80 and sm_90 without a GPU, without spills, and with wide loads.
 
-Shared memory must stay within the limit.
+Shared memory must stay within the limit. float16 is compiled in two sizes. Compared over all 120 kernels below, it took
+the shared memory, stack, loads and stores of bfloat16, because its elements have the same size.
 """
 
 import re
@@ -56,8 +57,16 @@ def fresh_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("D", [12, 48, 192, 3, 5000])  # published flows, unaligned rows, several tiles
-@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if pair[0] != torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtypes, D",
+    [
+        (pair, D)
+        for pair in DTYPES
+        for D in (12, 3, 48, 192, 5000)  # published flows 12, 48 and 192; unaligned rows 3; several tiles 5000
+        if pair[0] != torch.float64 and (torch.float16 not in pair or D in (12, 3))
+    ],
+    ids=str,
+)
 def test_affine(dtypes, D, arch, tmp_path):
     import triton.language as tl
     from tarflow_fast.kernels.triton import affine as kernels
