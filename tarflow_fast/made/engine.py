@@ -103,7 +103,7 @@ class Plan:
     """
 
     def __init__(self, made: Made, schedule: Schedule, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.schedule, self.dtype = schedule, dtype
         self._lock = threading.Lock()
         self._masks = [mask.to(torch.uint8).contiguous() for mask in schedule.masks]
         self._places = [each.to(torch.int32) for each in schedule.places]

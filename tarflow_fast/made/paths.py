@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,37 +32,40 @@ class State:
     path: str = "auto"
     frozen: bool = False
     warned: bool = False
-    _masks: list[Tensor] = field(default_factory=list)  # as they were, in the library's own type
-    _seen: list[tuple[int, int, int | None]] = field(default_factory=list)
-    _schedule: Schedule | Unknown | None = None
+    # Of the last call: the form, the masks in the library's own type, a glance at each, and the schedule made of them.
+    # They are written at once, so that another thread never finds the masks of one call with the schedule of another.
+    _last: tuple[tuple, list[Tensor], list[tuple], Schedule | Unknown] | None = None
     _plan: Plan | None = None
 
     def schedule(self, made: Made) -> Schedule:
-        """Of the masks as they are now. It is made again when they have changed.
+        """Of the masks as they are now. It is made again when they, or the form of the transform, have changed.
 
         Raises:
             Unknown: they are not autoregressive.
         """
-        masks = [layer.mask() for layer in made.layers]
-        seen = [glance(mask) for mask in masks]
-        same = self.frozen and seen == self._seen  # the promise of `freeze` is for masks, too
-        same = same or (len(masks) == len(self._masks) and all(map(_equal, masks, self._masks)))
-        self._seen = seen
-        if not same or self._schedule is None:
-            self._masks, self._plan = [mask.detach().clone() for mask in masks], None
+        form, masks = made.form(), [layer.mask() for layer in made.layers]
+        glances, last = [glance(mask) for mask in masks], self._last
+        same = last is not None and last[0] == form
+        same = same and ((self.frozen and glances == last[2]) or all(map(_equal, masks, last[1])))
+        if same:  # where it is frozen, the promise is for masks, too
+            _, masks, _, schedule = last
+        else:
+            masks = [mask.detach().clone() for mask in masks]
             try:
-                self._schedule = Schedule.of(made, masks_of(made.layers, made.features))
+                schedule = Schedule.of(made, masks_of(made.layers, made.features))
             except Unknown as reason:
-                self._schedule = reason
-        if isinstance(self._schedule, Unknown):
-            raise Unknown(*self._schedule.args)
-        return self._schedule
+                schedule = reason
+        self._last = form, masks, glances, schedule
+        if isinstance(schedule, Unknown):
+            raise Unknown(*schedule.args)
+        return schedule
 
     def plan(self, made: Made, schedule: Schedule, dtype: torch.dtype) -> Plan:
-        """The weights packed for the engine, anew unless the transform is frozen."""
-        if self._plan is None or self._plan.dtype is not dtype:
-            self._plan = Plan(made, schedule, dtype)
-        return self._plan
+        """The plan of the engine for this schedule, made again where the one at hand is of another."""
+        plan = self._plan
+        if plan is None or plan.schedule is not schedule or plan.dtype is not dtype:
+            plan = self._plan = Plan(made, schedule, dtype)
+        return plan
 
     def set_frozen(self, frozen: bool) -> None:
         """Keep the packed weights from the next call on, or let go of them."""
