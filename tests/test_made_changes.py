@@ -64,3 +64,12 @@ def test_an_activation_without_a_hash_is_unknown(path):
     (explanation,) = made.explain(case.module)
     assert explanation.path == "library" and "activation" in explanation.reason
     case.run(case.noise())
+
+
+@every
+def test_an_activation_before_a_residual_block_is_left_to_zuko(path):
+    """zuko builds no such net, but a user can insert one into its `nn.Sequential`."""
+    case = zuko_case(6, hidden_features=(8, 8), residual=True)
+    case.module.hyper.insert(1, nn.ReLU())
+    with pytest.raises(ValueError, match="residual block of another form"):
+        made.accelerate(case.module, path)

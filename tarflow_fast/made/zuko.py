@@ -102,7 +102,7 @@ def _layers(net: nn.Module, features: int) -> tuple[Layer, ...]:
             activation = IDENTITY
         elif type(module) is Residual:
             check_plain(module)
-            if len(module) != 3 or not layers:
+            if len(module) != 3 or not layers or activation is not IDENTITY:
                 raise Unknown("a residual block of another form")
             source = len(layers)
             add(module[0], source=source)
