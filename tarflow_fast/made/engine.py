@@ -107,8 +107,8 @@ class Plan:
         self._lock = threading.Lock()
         self._masks = [mask.to(torch.uint8).contiguous() for mask in schedule.masks]
         self._places = [each.to(torch.int32) for each in schedule.places]
-        self._starts = [torch.tensor(each, dtype=torch.int32) for each in schedule.starts]
-        self._blocks = torch.tensor(_blocks(schedule), dtype=torch.int32)
+        self._starts = [torch.tensor(each, dtype=torch.int32, device="cpu") for each in schedule.starts]
+        self._blocks = torch.tensor(_blocks(schedule), dtype=torch.int32, device="cpu")
         self._residuals = [
             None if layer.residual is None else _inverse(schedule.places[layer.residual])[places].int()
             for layer, places in zip(made.layers, schedule.places[1:], strict=True)
@@ -189,7 +189,8 @@ class Plan:
             held = [*map(_link, self._layers, made.layers)]
             packed, self._spare = self._spare, None
             if packed is None:
-                packed = torch.empty(library.tf_made_numbers(ctypes.byref(self._made)), dtype=self.dtype)
+                numbers = library.tf_made_numbers(ctypes.byref(self._made))
+                packed = torch.empty(numbers, dtype=self.dtype, device="cpu")
             status = library.tf_made_pack(ctypes.byref(self._made), packed.data_ptr(), native.threads())
             del held
         native.check(status, "tf_made_pack")
@@ -234,4 +235,4 @@ def _blocks(schedule: Schedule) -> list[int]:
 
 def _inverse(places: Tensor) -> Tensor:
     """Where each unit stands."""
-    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places)))
+    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device="cpu"))
