@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import same_bits
 from made_cases import PATHS, nflows_case, zuko_case
 from torch import nn
 
@@ -73,3 +74,29 @@ def test_an_activation_before_a_residual_block_is_left_to_zuko(path):
     case.module.hyper.insert(1, nn.ReLU())
     with pytest.raises(ValueError, match="residual block of another form"):
         made.accelerate(case.module, path)
+
+
+WRONG = {
+    "a layer in float64": lambda hyper: hyper[2].double(),
+    "a smaller weight": lambda hyper: setattr(hyper[2], "weight", nn.Parameter(torch.zeros(1, 1))),
+    "a shorter bias": lambda hyper: setattr(hyper[2], "bias", nn.Parameter(torch.zeros(3))),
+    "a weight with fewer columns": lambda hyper: setattr(hyper[2], "weight", nn.Parameter(torch.zeros(64, 3))),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_engine_reads_no_weight_of_another_type_or_shape(name):
+    """It would read past their ends. The library says what is wrong, or broadcasts them."""
+    case, answers = zuko_case(6), []
+    made.accelerate(case.module)
+    y = case.noise()
+    case.run(y)
+    WRONG[name](case.module.hyper)
+    for _ in range(2):
+        try:
+            answers.append(case.run(y))
+        except Exception as error:
+            answers.append(str(error))
+        made.restore(case.module)
+    got, expected = answers
+    assert got == expected if isinstance(expected, str) else all(map(same_bits, got, expected))

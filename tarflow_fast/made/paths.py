@@ -87,10 +87,16 @@ def path_of(module: nn.Module, state: State) -> tuple[str, str, Made | None]:
     """
     try:
         made = state.read(module)
+        weight = made.layers[0].weight()
+        if weight.is_meta:
+            return "library", "weights on the meta device", None
         state.schedule(made)
     except Unknown as reason:
         return "library", str(reason), None
-    weight = made.layers[0].weight()
+    if any(
+        each.dtype is not weight.dtype or each.device != weight.device for each in (*made.parameters, *made.statistics)
+    ):
+        return "library", "weights of several types or devices", made
     if weight.dtype not in DTYPES:
         return "library", f"weights of {weight.dtype}", made
     if weight.device.type != "cpu":
@@ -109,8 +115,8 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
 
     context: (E,) or (..., E), which broadcasts with y.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(y):
-        return "under torch.compile or torch.func"
+    if refusal := _surroundings(y, context):
+        return refusal
     path, reason, made = path_of(module, state)
     if made is None or path == "library":
         return reason
@@ -132,9 +138,27 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
             own = context if context is None or context.size(0) == 1 else context[part]
             if plan is None:
                 x[part], log_det[part] = sweep(made, schedule, y[part], own)
-            else:
+                continue
+            try:
                 x[part], log_det[part] = plan.invert(made, y[part], own, keep=state.frozen)
+            except Unknown as reason:
+                return str(reason)
     return x.reshape(*shape, made.features), log_det.reshape(shape)
+
+
+def _surroundings(y: Tensor, context: Tensor | None) -> str:
+    """Why a call cannot read numbers from memory, or would lose what others derive from them; "" where it can.
+
+    Noise, context and weights can each be the one that torch.func or forward-mode AD follows, and the weights are not
+    known here yet: what tells is that such a transform is active.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "under torch.compile or torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return "under torch.func or forward-mode AD"
+    if not all(type(each) in (Tensor, nn.Parameter) for each in ((y,) if context is None else (y, context))):
+        return "noise or context that is no plain tensor"
+    return ""
 
 
 def _refuses(made: Made, y: Tensor, context: Tensor | None) -> str:
