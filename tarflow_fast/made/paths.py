@@ -75,7 +75,8 @@ class State:
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype is not b.dtype or a.device != b.device:
         return False
-    if a.is_contiguous() and b.is_contiguous() and a.nbytes % 8 == 0:  # eight bytes at a time: 9 times as fast
+    whole = all(each.is_contiguous() and each.nbytes % 8 == 0 for each in (a, b))
+    if whole and not a.storage_offset() * a.itemsize % 8:  # eight bytes at a time: 9 times as fast
         a, b = a.view(-1).view(torch.int64), b.view(-1).view(torch.int64)
     return torch.equal(a, b)
 
