@@ -10,6 +10,7 @@ from made_cases import PATHS, zuko_case
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
+from tarflow_fast import made
 from tarflow_fast.made.schedule import _generations
 
 every = pytest.mark.parametrize("path", PATHS)
@@ -95,3 +96,10 @@ def test_fake_tensors_are_the_librarys_affair(path):
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         assert case.module().inv(mode.from_tensor(torch.zeros(5, 4))).shape == (5, 4)
+
+
+@every
+def test_a_transform_without_memory_is_left_to_the_library(path):
+    case = zuko_case(4)
+    with pytest.raises(ValueError, match="weights on the meta device"):
+        made.accelerate(case.module.to("meta"), path)

@@ -81,8 +81,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def path_of(module: nn.Module, state: State) -> tuple[str, str, Made | None]:
-    """ "cpu", "torch" or "library", why it is no better one, and the transform as it was read.
+def path_of(module: nn.Module, state: State) -> tuple[str, str, tuple[Made, Schedule] | None]:
+    """ "cpu", "torch" or "library", why it is no better one, and the transform as it was read, with its schedule.
 
     This is what the transform alone decides. A call may still be one for the library (`invert`).
     """
@@ -91,24 +91,24 @@ def path_of(module: nn.Module, state: State) -> tuple[str, str, Made | None]:
         weight = made.layers[0].weight()
         if weight.is_meta:
             return "library", "weights on the meta device", None
-        state.schedule(made)
+        read = made, state.schedule(made)
     except Unknown as reason:
         return "library", str(reason), None
     if any(
         each.dtype is not weight.dtype or each.device != weight.device for each in (*made.parameters, *made.statistics)
     ):
-        return "library", "weights of several types or devices", made
+        return "library", "weights of several types or devices", read
     if weight.dtype not in DTYPES:
-        return "library", f"weights of {weight.dtype}", made
+        return "library", f"weights of {weight.dtype}", read
     if weight.device.type != "cpu":
-        return "torch", f"on {weight.device.type}", made
+        return "torch", f"on {weight.device.type}", read
     if state.path == "torch":
-        return "torch", "asked for", made
+        return "torch", "asked for", read
     if not native.available():
-        return "torch", native.reason(), made
+        return "torch", native.reason(), read
     if reason := why_not(made):
-        return "torch", reason, made
-    return "cpu", "", made
+        return "torch", reason, read
+    return "cpu", "", read
 
 
 def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | str:
@@ -118,9 +118,10 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
     """
     if refusal := _surroundings(y, context):
         return refusal
-    path, reason, made = path_of(module, state)
-    if made is None or path == "library":
+    path, reason, read = path_of(module, state)
+    if read is None or path == "library":
         return reason
+    made, schedule = read
     if refusal := _refuses(made, y, context):
         return refusal
     with torch.no_grad():
@@ -131,7 +132,6 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
                 return str(reason)
         y, context, shape = _rows(y, context)
         x, log_det = torch.empty_like(y), y.new_empty(y.size(0))
-        schedule = state.schedule(made)
         plan = state.plan(made, schedule, y.dtype) if path == "cpu" else None
         rows = max(PART_NUMBERS // sum(map(len, schedule.places)), 256)
         for first in range(0, y.size(0), rows):

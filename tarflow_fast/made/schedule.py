@@ -57,10 +57,6 @@ class Schedule:
         places = [torch.argsort(each, stable=True) for each in known]
         return cls(tuple(masks), steps, tuple(places), tuple((0, *each) for each in counts))
 
-    def agrees(self, masks: Sequence[Tensor]) -> bool:
-        """Whether it is that of these masks."""
-        return all(map(torch.equal, self.masks, masks))
-
 
 def _generations(depends: Tensor) -> Tensor:
     """For each feature the length of the longest chain of features before it, from depends[i, j]: i needs j."""
