@@ -193,3 +193,29 @@ def test_frozen_weights_are_kept_and_changes_are_noticed(path, name):
             case.run(y, context)
     made.unfreeze(case.module)
     assert_right(case)
+
+
+@every
+def test_zukos_transform_of_a_context_can_be_copied_and_stored(path):
+    """What the flow makes of a context holds the flow, so that a file of it holds the weights."""
+    case = CASES["zuko"]()
+    case.accelerate(path)
+    y, context = case.noise(), case.contexts()
+    transform = case.module(context)
+    with torch.no_grad():
+        expected = transform.inv(y)
+        assert same_bits(copy.deepcopy(transform).inv(y), expected)
+        loaded = pickle.loads(pickle.dumps(transform))
+        assert type(loaded).__module__ == "zuko.transforms"
+        torch.testing.assert_close(loaded.inv(y), expected, rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_masks_that_lie_at_an_odd_place_in_memory(path):
+    case = CASES["zuko"]()
+    for layer in case.module.modules():
+        if hasattr(layer, "mask"):
+            flat = torch.cat([torch.zeros(1, dtype=torch.bool), layer.mask.flatten()])
+            layer.mask = flat[1:].view_as(layer.mask)
+    case.accelerate(path)
+    assert_right(case)

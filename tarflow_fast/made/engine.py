@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import native
-from tarflow_fast.made.net import ACTIVATIONS, IDENTITY, Layer, Made
+from tarflow_fast.made.net import ACTIVATIONS, IDENTITY, Layer, Made, Unknown
 from tarflow_fast.made.schedule import Schedule
 
 __all__ = ["Plan", "glance", "why_not"]
@@ -103,12 +103,12 @@ class Plan:
     """
 
     def __init__(self, made: Made, schedule: Schedule, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.schedule, self.dtype = schedule, dtype
         self._lock = threading.Lock()
         self._masks = [mask.to(torch.uint8).contiguous() for mask in schedule.masks]
         self._places = [each.to(torch.int32) for each in schedule.places]
-        self._starts = [torch.tensor(each, dtype=torch.int32) for each in schedule.starts]
-        self._blocks = torch.tensor(_blocks(schedule), dtype=torch.int32)
+        self._starts = [torch.tensor(each, dtype=torch.int32, device="cpu") for each in schedule.starts]
+        self._blocks = torch.tensor(_blocks(schedule), dtype=torch.int32, device="cpu")
         self._residuals = [
             None if layer.residual is None else _inverse(schedule.places[layer.residual])[places].int()
             for layer, places in zip(made.layers, schedule.places[1:], strict=True)
@@ -154,6 +154,7 @@ class Plan:
 
         Raises:
             RuntimeError: the weights were to be kept, and are no longer what they were.
+            Unknown: a weight has a shape that does not fit the net.
             MemoryError: there is no memory for the activations of a few tiles.
         """
         packed = self._packed(made, keep)
@@ -186,10 +187,11 @@ class Plan:
             return self._kept[1]
         library = native.library()
         with self._lock:  # another thread's tensors must not take the place of these while they are read
-            held = [*map(_link, self._layers, made.layers)]
+            held = [_link(c, layer, made.context) for c, layer in zip(self._layers, made.layers, strict=True)]
             packed, self._spare = self._spare, None
             if packed is None:
-                packed = torch.empty(library.tf_made_numbers(ctypes.byref(self._made)), dtype=self.dtype)
+                numbers = library.tf_made_numbers(ctypes.byref(self._made))
+                packed = torch.empty(numbers, dtype=self.dtype, device="cpu")
             status = library.tf_made_pack(ctypes.byref(self._made), packed.data_ptr(), native.threads())
             del held
         native.check(status, "tf_made_pack")
@@ -203,20 +205,28 @@ def glance(tensor: Tensor) -> tuple[int, int, int | None]:
     return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
-def _link(c: _Layer, layer: Layer) -> list[Tensor]:
-    """Point C at the weights as they are now. Returns what has to live as long as C reads."""
+def _link(c: _Layer, layer: Layer, context: int) -> list[Tensor]:
+    """Point C at the weights as they are now. Returns what has to live as long as C reads.
+
+    Raises:
+        Unknown: a weight or a bias has another shape than C would read.
+    """
     held: list[Tensor] = []
 
-    def address(tensor: Tensor | None) -> int | None:
-        if tensor is not None:
-            held.append(tensor.detach().contiguous())
-        return None if tensor is None else held[-1].data_ptr()
+    def address(tensor: Tensor | None, columns: int | None = None) -> int | None:
+        if tensor is None:
+            return None
+        fits = tensor.dim() == 1 if columns is None else tensor.dim() == 2 and tensor.size(1) >= columns
+        if not fits or tensor.size(0) != c.units:
+            raise Unknown(f"a weight or bias of shape {tuple(tensor.shape)} for {c.units} units")
+        held.append(tensor.detach().contiguous())
+        return held[-1].data_ptr()
 
-    c.weight = address(layer.weight())
+    c.weight = address(layer.weight(), c.mask_stride)
     c.weight_stride, c.bias = held[-1].stride(0), address(layer.bias())
     for function, into in ((layer.term, c.term), (layer.gate, c.gate)):
         if function is not None:
-            into.weight = address(function.weight())
+            into.weight = address(function.weight(), context)
             into.stride, into.bias = held[-1].stride(0), address(function.bias())
             into.activation, into.slope = [*ACTIVATIONS].index(function.activation.name), function.activation.slope
     return held
@@ -234,4 +244,4 @@ def _blocks(schedule: Schedule) -> list[int]:
 
 def _inverse(places: Tensor) -> Tensor:
     """Where each unit stands."""
-    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places)))
+    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device="cpu"))

@@ -12,7 +12,7 @@ feature i at i P ... i P + P - 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +81,7 @@ def activation_of(function: object) -> Activation:
             return Activation("elu", float(function.alpha))
         if kind is nn.GELU and function.approximate == "none":
             return Activation("gelu")
-    elif callable(function) and function in _FUNCTIONS:
+    elif isinstance(function, Hashable) and function in _FUNCTIONS:
         return _FUNCTIONS[function]
     raise Unknown(f"activation {function!r}")
 
@@ -138,6 +138,18 @@ class Made:
     parameters: tuple[Tensor, ...]  # all that a gradient could be asked for
     context: int = 0
     statistics: tuple[Tensor, ...] = ()  # of batch norms, from which weights are computed, too
+
+    def form(self) -> tuple[object, ...]:
+        """All that is no tensor. A schedule and a plan hold for one form and the same masks."""
+
+        def activation(function: OfContext | None) -> Activation | None:
+            return None if function is None else function.activation
+
+        layers = [
+            (each.source, each.activation, each.residual, activation(each.term), activation(each.gate))
+            for each in self.layers
+        ]
+        return self.features, self.context, self.univariate.parameters, self.univariate.engine, *layers
 
 
 def check_plain(*modules: nn.Module) -> None:

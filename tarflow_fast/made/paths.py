@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,37 +32,40 @@ class State:
     path: str = "auto"
     frozen: bool = False
     warned: bool = False
-    _masks: list[Tensor] = field(default_factory=list)  # as they were, in the library's own type
-    _seen: list[tuple[int, int, int | None]] = field(default_factory=list)
-    _schedule: Schedule | Unknown | None = None
+    # Of the last call: the form, the masks in the library's own type, a glance at each, and the schedule made of them.
+    # They are written at once, so that another thread never finds the masks of one call with the schedule of another.
+    _last: tuple[tuple, list[Tensor], list[tuple], Schedule | Unknown] | None = None
     _plan: Plan | None = None
 
     def schedule(self, made: Made) -> Schedule:
-        """Of the masks as they are now. It is made again when they have changed.
+        """Of the masks as they are now. It is made again when they, or the form of the transform, have changed.
 
         Raises:
             Unknown: they are not autoregressive.
         """
-        masks = [layer.mask() for layer in made.layers]
-        seen = [glance(mask) for mask in masks]
-        same = self.frozen and seen == self._seen  # the promise of `freeze` is for masks, too
-        same = same or (len(masks) == len(self._masks) and all(map(_equal, masks, self._masks)))
-        self._seen = seen
-        if not same or self._schedule is None:
-            self._masks, self._plan = [mask.detach().clone() for mask in masks], None
+        form, masks = made.form(), [layer.mask() for layer in made.layers]
+        glances, last = [glance(mask) for mask in masks], self._last
+        same = last is not None and last[0] == form
+        same = same and ((self.frozen and glances == last[2]) or all(map(_equal, masks, last[1])))
+        if same:  # where it is frozen, the promise is for masks, too
+            _, masks, _, schedule = last
+        else:
+            masks = [mask.detach().clone() for mask in masks]
             try:
-                self._schedule = Schedule.of(made, masks_of(made.layers, made.features))
+                schedule = Schedule.of(made, masks_of(made.layers, made.features))
             except Unknown as reason:
-                self._schedule = reason
-        if isinstance(self._schedule, Unknown):
-            raise Unknown(*self._schedule.args)
-        return self._schedule
+                schedule = reason
+        self._last = form, masks, glances, schedule
+        if isinstance(schedule, Unknown):
+            raise Unknown(*schedule.args)
+        return schedule
 
     def plan(self, made: Made, schedule: Schedule, dtype: torch.dtype) -> Plan:
-        """The weights packed for the engine, anew unless the transform is frozen."""
-        if self._plan is None or self._plan.dtype is not dtype:
-            self._plan = Plan(made, schedule, dtype)
-        return self._plan
+        """The plan of the engine for this schedule, made again where the one at hand is of another."""
+        plan = self._plan
+        if plan is None or plan.schedule is not schedule or plan.dtype is not dtype:
+            plan = self._plan = Plan(made, schedule, dtype)
+        return plan
 
     def set_frozen(self, frozen: bool) -> None:
         """Keep the packed weights from the next call on, or let go of them."""
@@ -72,33 +75,40 @@ class State:
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype is not b.dtype or a.device != b.device:
         return False
-    if a.is_contiguous() and b.is_contiguous() and a.nbytes % 8 == 0:  # eight bytes at a time: 9 times as fast
+    whole = all(each.is_contiguous() and each.nbytes % 8 == 0 for each in (a, b))
+    if whole and not a.storage_offset() * a.itemsize % 8:  # eight bytes at a time: 9 times as fast
         a, b = a.view(-1).view(torch.int64), b.view(-1).view(torch.int64)
     return torch.equal(a, b)
 
 
-def path_of(module: nn.Module, state: State) -> tuple[str, str, Made | None]:
-    """ "cpu", "torch" or "library", why it is no better one, and the transform as it was read.
+def path_of(module: nn.Module, state: State) -> tuple[str, str, tuple[Made, Schedule] | None]:
+    """ "cpu", "torch" or "library", why it is no better one, and the transform as it was read, with its schedule.
 
     This is what the transform alone decides. A call may still be one for the library (`invert`).
     """
     try:
         made = state.read(module)
-        state.schedule(made)
+        weight = made.layers[0].weight()
+        if weight.is_meta:
+            return "library", "weights on the meta device", None
+        read = made, state.schedule(made)
     except Unknown as reason:
         return "library", str(reason), None
-    weight = made.layers[0].weight()
+    if any(
+        each.dtype is not weight.dtype or each.device != weight.device for each in (*made.parameters, *made.statistics)
+    ):
+        return "library", "weights of several types or devices", read
     if weight.dtype not in DTYPES:
-        return "library", f"weights of {weight.dtype}", made
+        return "library", f"weights of {weight.dtype}", read
     if weight.device.type != "cpu":
-        return "torch", f"on {weight.device.type}", made
+        return "torch", f"on {weight.device.type}", read
     if state.path == "torch":
-        return "torch", "asked for", made
+        return "torch", "asked for", read
     if not native.available():
-        return "torch", native.reason(), made
+        return "torch", native.reason(), read
     if reason := why_not(made):
-        return "torch", reason, made
-    return "cpu", "", made
+        return "torch", reason, read
+    return "cpu", "", read
 
 
 def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | str:
@@ -106,11 +116,12 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
 
     context: (E,) or (..., E), which broadcasts with y.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(y):
-        return "under torch.compile or torch.func"
-    path, reason, made = path_of(module, state)
-    if made is None or path == "library":
+    if refusal := _surroundings(y, context):
+        return refusal
+    path, reason, read = path_of(module, state)
+    if read is None or path == "library":
         return reason
+    made, schedule = read
     if refusal := _refuses(made, y, context):
         return refusal
     with torch.no_grad():
@@ -121,7 +132,6 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
                 return str(reason)
         y, context, shape = _rows(y, context)
         x, log_det = torch.empty_like(y), y.new_empty(y.size(0))
-        schedule = state.schedule(made)
         plan = state.plan(made, schedule, y.dtype) if path == "cpu" else None
         rows = max(PART_NUMBERS // sum(map(len, schedule.places)), 256)
         for first in range(0, y.size(0), rows):
@@ -129,9 +139,27 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
             own = context if context is None or context.size(0) == 1 else context[part]
             if plan is None:
                 x[part], log_det[part] = sweep(made, schedule, y[part], own)
-            else:
+                continue
+            try:
                 x[part], log_det[part] = plan.invert(made, y[part], own, keep=state.frozen)
+            except Unknown as reason:
+                return str(reason)
     return x.reshape(*shape, made.features), log_det.reshape(shape)
+
+
+def _surroundings(y: Tensor, context: Tensor | None) -> str:
+    """Why a call cannot read numbers from memory, or would lose what others derive from them; "" where it can.
+
+    Noise, context and weights can each be the one that torch.func or forward-mode AD follows, and the weights are not
+    known here yet: what tells is that such a transform is active.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "under torch.compile or torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return "under torch.func or forward-mode AD"
+    if not all(type(each) in (Tensor, nn.Parameter) for each in ((y,) if context is None else (y, context))):
+        return "noise or context that is no plain tensor"
+    return ""
 
 
 def _refuses(made: Made, y: Tensor, context: Tensor | None) -> str:

@@ -43,7 +43,9 @@ class Schedule:
             Unknown: the parameters of a feature depend on itself, directly or through others.
         """
         D = made.features
-        sees = [torch.eye(D, dtype=torch.bool)]  # for each vector (units, D): the features that a unit depends on
+        sees = [
+            torch.eye(D, dtype=torch.bool, device="cpu")
+        ]  # for each vector (units, D): the features that a unit depends on
         for layer, mask in zip(made.layers, masks, strict=True):
             seen = mask.float() @ sees[layer.source].float() > 0
             sees.append(seen if layer.residual is None else seen | sees[layer.residual])
@@ -55,22 +57,19 @@ class Schedule:
         places = [torch.argsort(each, stable=True) for each in known]
         return cls(tuple(masks), steps, tuple(places), tuple((0, *each) for each in counts))
 
-    def agrees(self, masks: Sequence[Tensor]) -> bool:
-        """Whether it is that of these masks."""
-        return all(map(torch.equal, self.masks, masks))
-
 
 def _generations(depends: Tensor) -> Tensor:
     """For each feature the length of the longest chain of features before it, from depends[i, j]: i needs j."""
-    D = depends.size(0)
-    step, known = torch.zeros(D, dtype=torch.int64), torch.zeros(D, dtype=torch.bool)
-    for s in range(D):
-        ready = ~known & ~(depends & ~known).any(1)
-        if not ready.any():
+    waits_for = depends.sum(1)  # how many features are not known yet; below 0 for those that are known themselves
+    step = torch.zeros_like(waits_for)
+    for s in range(len(step)):
+        ready = (waits_for == 0).nonzero()[:, 0]
+        if not len(ready):
             break
         step[ready] = s
-        known |= ready
-    if not known.all():
+        waits_for -= depends[:, ready].sum(1)
+        waits_for[ready] = -1
+    if (waits_for >= 0).any():
         raise Unknown("masks that are not autoregressive")
     return step
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import functools
 import math
 from collections.abc import Callable
@@ -37,7 +39,7 @@ def methods(original: type, inverted: Inverted) -> dict[str, object]:
 @functools.cache
 def _swept() -> type:
     """The class of transforms whose inverse is one sweep."""
-    from torch.distributions.transforms import _InverseTransform
+    from torch.distributions.transforms import Transform, _InverseTransform
     from zuko.transforms import AutoregressiveTransform
 
     class SweptInverse(_InverseTransform):
@@ -61,6 +63,16 @@ def _swept() -> type:
 
         def _inverse_by_passes(self, y: Tensor) -> Tensor:
             return AutoregressiveTransform._inverse(self, y)
+
+        def __reduce_ex__(self, protocol: int) -> tuple:
+            """As zuko's own: files know nothing of the sweep."""
+            state = {name: each for name, each in self.__getstate__().items() if name != "swept"}
+            return copyreg._reconstructor, (AutoregressiveTransform, object, None), state
+
+        def __deepcopy__(self, memo: dict[int, object]) -> Transform:
+            new = memo[id(self)] = copyreg.__newobj__(type(self))
+            new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+            return new
 
         @property
         def inv(self) -> SweptInverse:
@@ -102,7 +114,7 @@ def _layers(net: nn.Module, features: int) -> tuple[Layer, ...]:
             activation = IDENTITY
         elif type(module) is Residual:
             check_plain(module)
-            if len(module) != 3 or not layers:
+            if len(module) != 3 or not layers or activation is not IDENTITY:
                 raise Unknown("a residual block of another form")
             source = len(layers)
             add(module[0], source=source)
