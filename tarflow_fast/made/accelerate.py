@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tarflow_fast import native
 from tarflow_fast.made import nflows, normflows, torchflows, zuko
-from tarflow_fast.made.paths import PATHS, State, invert, path_of
+from tarflow_fast.made.paths import PATHS, Refusal, State, invert, path_of
 
 __all__ = ["Explanation", "accelerate", "explain", "freeze", "restore", "unfreeze"]
 
@@ -221,8 +221,8 @@ def _subclass(original: type) -> type:
             return None
         got = invert(self, state, y, context)
         if isinstance(got, str):
-            if not state.warned and "gradient" in got:
-                state.warned = True
+            if isinstance(got, Refusal) and got not in state.warned:
+                state.warned.add(got)
                 warnings.warn(f"a {original.__name__} is inverted by its own code: {got}", stacklevel=4)
             return None
         return got

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tarflow_fast import native
 from tarflow_fast.made.net import ACTIVATIONS, IDENTITY, Layer, Made, Unknown
-from tarflow_fast.made.schedule import Schedule
+from tarflow_fast.made.schedule import Schedule, standing
 
 __all__ = ["Plan", "glance", "why_not"]
 
@@ -110,7 +110,7 @@ class Plan:
         self._starts = [torch.tensor(each, dtype=torch.int32, device="cpu") for each in schedule.starts]
         self._blocks = torch.tensor(_blocks(schedule), dtype=torch.int32, device="cpu")
         self._residuals = [
-            None if layer.residual is None else _inverse(schedule.places[layer.residual])[places].int()
+            None if layer.residual is None else standing(schedule.places[layer.residual])[places].int()
             for layer, places in zip(made.layers, schedule.places[1:], strict=True)
         ]
         self._layers = (_Layer * len(made.layers))()
@@ -142,7 +142,8 @@ class Plan:
             univariate=UNIVARIATES.index(name),
             dtype=native.DTYPES[dtype],
         )
-        self._kept: tuple[list, Tensor] | None = None  # what the weights were, and packed
+        # What the weights were, packed, and their memory: while it is held, no new weight can take the same address.
+        self._kept: tuple[list, Tensor, list] | None = None
         # Memory for the next call's weights: the system gives new pages out slowly, 0.4 ms for 1.3 MB, and the weights
         # of a D of 256 and a width of 512 are packed in 0.1 ms. A call that runs at the same time takes its own.
         self._spare: Tensor | None = None
@@ -196,7 +197,8 @@ class Plan:
             del held
         native.check(status, "tf_made_pack")
         if keep:
-            self._kept = seen, packed
+            memory = [each.untyped_storage() for each in (*made.parameters, *made.statistics)]
+            self._kept = seen, packed, memory
         return packed
 
 
@@ -240,8 +242,3 @@ def _blocks(schedule: Schedule) -> list[int]:
         if any(starts[s + 1] - starts[bounds[-1]] > BLOCK_UNITS for starts in hidden):
             bounds.append(s)
     return [*bounds, schedule.steps]
-
-
-def _inverse(places: Tensor) -> Tensor:
-    """Where each unit stands."""
-    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device="cpu"))

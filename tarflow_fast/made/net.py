@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as _of_all
 
 __all__ = ["ACTIVATIONS", "IDENTITY", "Activation", "Layer", "Made", "OfContext", "Univariate", "Unknown"]
 __all__ += ["activation_of", "check_plain", "masked"]
@@ -154,6 +155,8 @@ class Made:
 
 def check_plain(*modules: nn.Module) -> None:
     """Raises Unknown where calling a module runs more than the forward of its class."""
+    if _of_all._global_forward_hooks or _of_all._global_forward_pre_hooks:
+        raise Unknown("hooks on every module")
     for module in modules:
         state = module.__dict__
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:

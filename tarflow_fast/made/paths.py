@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,15 @@ from tarflow_fast.made.net import Made, Unknown
 from tarflow_fast.made.schedule import Schedule, masks_of
 from tarflow_fast.made.sweep import sweep
 
-__all__ = ["PATHS", "State", "invert", "path_of"]
+__all__ = ["PATHS", "Refusal", "State", "invert", "path_of"]
 
 PATHS = ("auto", "cpu", "torch")
 DTYPES = (torch.float32, torch.float64)
 PART_NUMBERS = 1 << 25  # of what one part of the rows needs beside its results: 128 MiB in float32
+
+
+class Refusal(str):
+    """Why the library's code runs in this call, where `explain` would name another path: the user is told once."""
 
 
 @dataclass(eq=False)
@@ -31,7 +35,7 @@ class State:
     read: Callable[[nn.Module], Made]
     path: str = "auto"
     frozen: bool = False
-    warned: bool = False
+    warned: set[str] = field(default_factory=set)  # why calls went to the library, each told once
     # Of the last call: the form, the masks in the library's own type, a glance at each, and the schedule made of them.
     # They are written at once, so that another thread never finds the masks of one call with the schedule of another.
     _last: tuple[tuple, list[Tensor], list[tuple], Schedule | Unknown] | None = None
@@ -123,7 +127,7 @@ def invert(module: nn.Module, state: State, y: Tensor, context: Tensor | None) -
         return reason
     made, schedule = read
     if refusal := _refuses(made, y, context):
-        return refusal
+        return Refusal(refusal)
     with torch.no_grad():
         if made.univariate.check is not None:
             try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tarflow_fast.made.net import Layer, Made, Unknown
 
-__all__ = ["Schedule", "masks_of"]
+__all__ = ["Schedule", "masks_of", "standing"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,11 @@ def _generations(depends: Tensor) -> Tensor:
     if (waits_for >= 0).any():
         raise Unknown("masks that are not autoregressive")
     return step
+
+
+def standing(places: Tensor) -> Tensor:
+    """Where each unit stands, from which unit stands at each place."""
+    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
 
 
 def masks_of(layers: Sequence[Layer], features: int) -> list[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast.made.net import Made
-from tarflow_fast.made.schedule import Schedule
+from tarflow_fast.made.schedule import Schedule, standing
 
 __all__ = ["sweep"]
 
@@ -31,7 +31,7 @@ def sweep(made: Made, schedule: Schedule, y: Tensor, context: Tensor | None) -> 
         weights.append(weight)
         values.append(y.new_empty(len(rows), B))
     gates = [None if gate is None else gate.T[places[number + 1]] for number, gate in enumerate(gates)]
-    residuals = [None if layer.residual is None else _inverse(places[layer.residual]) for layer in made.layers]
+    residuals = [None if layer.residual is None else standing(places[layer.residual]) for layer in made.layers]
     x, log_det, noise = values[0], y.new_zeros(B), y.T[places[0]]
     for s in range(schedule.steps):
         for number, layer in enumerate(made.layers):
@@ -54,8 +54,3 @@ def sweep(made: Made, schedule: Schedule, y: Tensor, context: Tensor | None) -> 
         x[first:last] = got.T
         log_det = log_det + ladj.sum(-1)
     return torch.empty_like(y).index_copy_(1, places[0], x.T), log_det
-
-
-def _inverse(places: Tensor) -> Tensor:
-    """Where each unit stands."""
-    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))

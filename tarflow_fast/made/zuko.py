@@ -144,6 +144,8 @@ def _univariate(make: object, shapes: tuple, total: int) -> Univariate:
         raise Unknown("a univariate transform with a tensor among its options")
     positional = isinstance(make, functools.partial) and make.args
     slope = options.get("slope", 1e-3)
+    if not 0 < slope < 1:
+        raise Unknown(f"a slope of {slope}")
     engine: tuple[str, tuple[float, ...]] | str = f"no univariate transform {getattr(kind, '__name__', kind)}"
     sizes = [math.prod(shape) for shape in shapes]
     if kind is MonotonicAffineTransform and not positional and sizes == [1, 1] and set(options) <= {"slope"}:
