@@ -138,3 +138,13 @@ def test_labels_are_read_once(monkeypatch):
 
     monkeypatch.setattr(Engine, "_run", scribble)
     assert same_bits(Engine("fp32").invert(block.bijection, z, y, Guidance())[0], right)
+
+
+def test_annealed_guidance_of_windows_is_that_of_tokens_one_by_one():
+    """g_i = weight i / (T - 1) for the token after i - 1; a sequence of one token has no later one, and no division."""
+    guidance, like = Guidance(3.0, annealed=True), torch.zeros(1)
+    for T in (1, 2, 5):
+        together = guidance.strength(0, T, T, like)
+        alone = torch.tensor([guidance.strength(i, 1, T, like) for i in range(T)])
+        torch.testing.assert_close(torch.as_tensor(together).float().reshape(T), alone)
+        assert alone[0] == 3.0 / max(T - 1, 1)

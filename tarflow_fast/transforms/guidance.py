@@ -98,6 +98,6 @@ class Guidance:
         if not self.annealed:
             return self.weight
         if W == 1:
-            return self.weight * (position + 1) / (T - 1)
+            return self.weight * (position + 1) / max(T - 1, 1)
         tokens = torch.arange(position + 1, position + W + 1, dtype=torch.float64)
         return (self.weight * tokens / max(T - 1, 1)).to(like)[:, None]
