@@ -1,4 +1,4 @@
-"""`pytest bench/ --benchmark-only` takes ten minutes or so. `--full` adds the published sizes (an hour).
+"""`pytest bench/ --benchmark-only` takes a quarter of an hour or so. `--full` adds the published sizes (an hour).
 
 The tables at the end are the result. `--save NAME` writes them to bench/results/NAME/, with the machine, the versions
 and every timing.

@@ -88,6 +88,20 @@ def check_exact(case, path, y=None):
     judged.check()
 
 
+def check_same_draws(flow, run, path, transforms):
+    """The tensors that run() gives are those from before `accelerate`, with the same seed."""
+    answers = []
+    for ours in (False, True):
+        if ours:
+            made.accelerate(flow, path)
+            assert [each.path for each in made.explain(flow)] == [path] * transforms
+        torch.manual_seed(1)
+        with torch.no_grad():
+            answers.append(run())
+    for before, after in zip(*answers, strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
 def near(tensor):
     """Numbers at most two ulp away."""
     return tensor * (1 + torch.randint(-2, 3, tensor.shape) * (torch.finfo(tensor.dtype).eps / 2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_cases import PATHS, check_exact, loosen, nflows_case, normflows_case
+from made_cases import PATHS, check_exact, check_same_draws, loosen, nflows_case, normflows_case
 from torch import nn
 from torch.nn import functional as F
 
@@ -101,17 +101,7 @@ def test_a_flow_samples_the_same(path, library):
         def run():
             return flow.sample(24)
 
-    loosen(flow)
-    answers = []
-    for ours in (False, True):
-        if ours:
-            made.accelerate(flow, path)
-            assert [each.path for each in made.explain(flow)] == [path] * 3
-        torch.manual_seed(1)
-        with torch.no_grad():
-            answers.append(run())
-    for ours, theirs in zip(*answers, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    check_same_draws(loosen(flow), run, path, 3)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -227,6 +227,7 @@ def _subclass(original: type) -> type:
             return None
         return got
 
+    # tarflow_fast/apply has the same few lines. This room stands alone, and none below both would be their place.
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         make, args, *rest = super(made, self).__reduce_ex__(protocol)
         if make is copyreg.__newobj__:  # pickle would insist on the class the instance has

@@ -43,9 +43,8 @@ class Schedule:
             Unknown: the parameters of a feature depend on itself, directly or through others.
         """
         D = made.features
-        sees = [
-            torch.eye(D, dtype=torch.bool, device="cpu")
-        ]  # for each vector (units, D): the features that a unit depends on
+        # For each vector (units, D): the features that a unit depends on.
+        sees = [torch.eye(D, dtype=torch.bool, device="cpu")]
         for layer, mask in zip(made.layers, masks, strict=True):
             seen = mask.float() @ sees[layer.source].float() > 0
             sees.append(seen if layer.residual is None else seen | sees[layer.residual])

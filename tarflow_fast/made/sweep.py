@@ -31,6 +31,8 @@ def sweep(made: Made, schedule: Schedule, y: Tensor, context: Tensor | None) -> 
         weights.append(weight)
         values.append(y.new_empty(len(rows), B))
     gates = [None if gate is None else gate.T[places[number + 1]] for number, gate in enumerate(gates)]
+    # A vector after each activation that is read of it, so that the activation is computed once, too.
+    seen = {(layer.source, layer.activation): torch.empty_like(values[layer.source]) for layer in made.layers}
     residuals = [None if layer.residual is None else standing(places[layer.residual]) for layer in made.layers]
     x, log_det, noise = values[0], y.new_zeros(B), y.T[places[0]]
     for s in range(schedule.steps):
@@ -40,17 +42,23 @@ def sweep(made: Made, schedule: Schedule, y: Tensor, context: Tensor | None) -> 
                 continue
             starts = schedule.starts[layer.source]
             inputs = starts[s] if layer.source == 0 else starts[s + 1]
-            v = weights[number][first:last, :inputs] @ layer.activation(values[layer.source][:inputs])
+            v = weights[number][first:last, :inputs] @ seen[layer.source, layer.activation][:inputs]
             v = v + biases[number][first:last]
             if gates[number] is not None:
                 v = v * gates[number][first:last]
             if layer.residual is not None:
                 v = v + values[layer.residual][residuals[number][places[number + 1][first:last]]]
             values[number + 1][first:last] = v
+            for (vector, activation), activated in seen.items():
+                if vector == number + 1:
+                    activated[first:last] = activation(v)
         first, last = schedule.starts[0][s : s + 2]
         P = made.univariate.parameters
         parameters = values[-1][first * P : last * P].T.reshape(B, last - first, P)
         got, ladj = made.univariate.inverse(noise[first:last].T, parameters)
         x[first:last] = got.T
+        for (vector, activation), activated in seen.items():
+            if vector == 0:
+                activated[first:last] = activation(got.T)
         log_det = log_det + ladj.sum(-1)
     return torch.empty_like(y).index_copy_(1, places[0], x.T), log_det

@@ -10,7 +10,8 @@
 namespace tf::TF_ISA {
 namespace {
 
-// A product, or with from < 0 the beginning of units; and where its weights begin.
+// A part of the packed weights, and the place of its first number. Where part.from is below 0, it is what `pack_begin`
+// writes for the units, and otherwise a product.
 struct Place {
     Part part;
     int64_t at;
