@@ -139,7 +139,9 @@ def draw_curve(folder: Path) -> bool:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left = figure.add_subplot(xlabel="step", ylabel="loss")
-    left.plot([line["step"] for line in lines], [line["mean_loss"] for line in lines], color="C0", label="loss")
+    marker = "." if len(lines) < 50 else ""  # a line of one point would not be seen
+    steps, losses = [line["step"] for line in lines], [line["mean_loss"] for line in lines]
+    left.plot(steps, losses, color="C0", marker=marker, label="loss")
     curves = {"bits_per_dim": ("training batches", "C2"), "heldout_bits_per_dim": ("held out", "C1")}
     curves = {name: style for name, style in curves.items() if any(name in line for line in lines)}
     if curves:
