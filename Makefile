@@ -1,12 +1,13 @@
 # There is one command for each job. The default is a CPU build of torch, because it is the smallest; choose another
 # with make demo TORCH="torch>=2.9"
-PYTHON ?= python3
-TORCH  ?= torch==2.13.0
-VENV   ?= .venv
-ARGS   ?=
-BIN    := $(VENV)/bin
+PYTHON  ?= python3
+TORCH   ?= torch==2.13.0
+VENV    ?= .venv
+ARGS    ?=
+RESULTS ?= bench/.cache
+BIN     := $(VENV)/bin
 
-.PHONY: demo test test-avx2 bench gpu lint build clean
+.PHONY: demo test test-avx2 bench readme-table gpu gpu-proof lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tarflow-fast demo $(ARGS)
@@ -26,8 +27,22 @@ test-avx2: $(VENV)/.test
 	$(AVX2) $(BIN)/python -m pytest $(JUDGED) -q -n 2 --dist worksteal -k "not bits and not thousand" $(ARGS)
 	$(AVX2) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(JUDGED) -q -n 2 --dist worksteal -m interpreter -k "not bits" $(ARGS)
 
+# What can be shown of the GPU's kernels without a GPU: every specialization that the published models launch is compiled
+# and looked at, and the compiled code is executed at their widths. `make test` takes a sample of it.
+gpu-proof: $(VENV)/.test
+	TARFLOW_GPU_PROOF=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_step_compile.py \
+	    tests/test_training_compile.py tests/test_triton_compile.py tests/gpu -q -n 2 --dist worksteal $(ARGS)
+
+# The suites, at most 300 seconds of them, and then a page of what they measured; its path is the last line. Where a result
+# was wrong, the page holds the others, and make fails. ARGS="--save" keeps the results in bench/results/<machine>/.
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+	@rm -f $(RESULTS)/results.json
+	@$(BIN)/python -m pytest bench --benchmark-only --results $(RESULTS)/results.json $(ARGS); code=$$?; \
+	test ! -f $(RESULTS)/results.json || $(BIN)/tarflow-fast report $(RESULTS)/results.json -o $(RESULTS)/report; exit $$code
+
+# The tables of speed in README.md and docs/speed.md, from the newest results in bench/results/<machine>/.
+readme-table: $(VENV)/.test
+	$(BIN)/python bench/history.py
 
 # For a machine with a GPU. It installs nothing and uses $(PYTHON)'s torch, triton, numpy, pytest and safetensors.
 gpu:

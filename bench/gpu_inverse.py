@@ -4,8 +4,10 @@ import copy
 import dataclasses
 
 import torch
+from compare import same_bits
 from cost import inverse_cost
-from gpu_peers import GraphSampler, published_step
+from peers.graph import GraphSampler
+from peers.published import published_step
 from workloads import WORKLOADS, build, inputs
 
 from tarflow_fast import TarFlow
@@ -32,6 +34,7 @@ class Inverse:
         self.workload = dataclasses.replace(workload, num_blocks=1)
         model, reference = build(self.workload)
         self.block, self.reference = model.blocks[0].to(timer.device), reference.blocks[0].to(timer.device)
+        self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.about = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
 
     def noise(self, B, guided):
@@ -39,14 +42,13 @@ class Inverse:
         return z.to(self.timer.device), guide(arguments)
 
     def ours(self, z, guidance, call):
-        precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        call = Call("triton", precision) if call is None else call
+        call = Call("triton", self.precision) if call is None else call
         return self.block.invert(z, None, guidance, call)[0], call
 
-    def check(self, guided):
-        """Holds the first 64 tokens to float64, beside the reference under autocast."""
-        z, guidance = self.noise(2, guided)
-        T = min(64, z.size(1))
+    def check(self, B, guided, T=256):
+        """Holds the first T tokens to float64, beside the reference under autocast, and the bits to a rerun's."""
+        z, guidance = self.noise(B, guided)
+        T = min(T, z.size(1))
         block, reference = copy.deepcopy(self.block), copy.deepcopy(self.reference)
         for short in (block, reference):
             short.pos_embed = torch.nn.Parameter(short.pos_embed[:T].detach())
@@ -57,17 +59,17 @@ class Inverse:
             truth = copy.deepcopy(reference).double().reverse(z.double(), None, *arguments)
             with torch.autocast(z.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 plain = reference.reverse(z, None, *arguments)
-            precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-            got, _ = block.invert(z, None, guidance, Call("triton", precision))
-        error, bound = error_and_bound(got, truth, plain)
+            got, again = (block.invert(z, None, guidance, Call("triton", self.precision)) for _ in range(2))
+        error, bound = error_and_bound(got[0], truth, plain)
         worst = (error / bound).max().item()
         ours, theirs = error.max().item(), (plain.double() - truth).abs().max().item()
         said = f"worst {worst:.2f} of the bound; largest error {ours:.2e}, plain PyTorch {theirs:.2e}"
-        self.record.check(f"inverse {self.name} {self.about['dtype']}{' guided' if guided else ''}", worst <= 1, said)
+        what = f"inverse {self.name} {self.about['dtype']} B = {B} T = {T}{' guided' if guided else ''}"
+        self.record.check(what, worst <= 1, said)
+        self.record.check(f"{what}, equal bits", all(map(same_bits, got, again)))
 
     def cost(self, B, guided):
-        precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        return inverse_cost(self.workload, B, guided, precision, self.dtype.itemsize)
+        return inverse_cost(self.workload, B, guided, self.precision, self.dtype.itemsize)
 
     def row(self, variant, B, guided, times, **more):
         cost = self.cost(B, guided)
@@ -80,8 +82,7 @@ class Inverse:
         z, guidance = self.noise(B, guided)
         _, call = self.ours(z, guidance, None)
         times = self.timer.milliseconds(lambda: self.ours(z, guidance, call), runs, 0)
-        note = "" if call.state("triton", None).workspace.graph is not None or not self.timer.cuda else "no CUDA graph"
-        median = self.row("ours", B, guided, times, note=note)
+        median = self.row("ours", B, guided, times)
         self.record.row(
             "whole sample", "8 blocks, from one", "ours", [median], scale=BLOCKS, B=B, guided=guided, **self.about
         )
@@ -108,7 +109,7 @@ class Inverse:
         self.row(name, B, guided, times, note=f"first 8 tokens differ by {apart:.1e}")
 
     def improved(self, B, guided):
-        from peers import ImprovedSampler
+        from peers.improved import ImprovedSampler
 
         z, guidance = self.noise(B, guided)
         shell = torch.nn.Module()
@@ -124,7 +125,7 @@ class Inverse:
 
 
 def whole_sample(name, timer, record, dtype, B, guided, tiny=False):
-    """Times the second of two calls of model.sample, over all 8 blocks. The noise, made on the CPU, is included."""
+    """Times model.sample over all 8 blocks, after a block that compiles. The noise, made on the CPU, is included."""
     workload = WORKLOADS[name]
     size = {"num_blocks": BLOCKS}
     if tiny:
@@ -142,8 +143,11 @@ def whole_sample(name, timer, record, dtype, B, guided, tiny=False):
     def run():
         return model.sample(B, **arguments, seed=0, precision=precision, nonfinite="ignore")
 
+    z, _, _ = inputs(dataclasses.replace(workload, num_blocks=1), B, guided)
+    with torch.no_grad():  # an eighth of a sample, which compiles what the sample needs
+        model.blocks[-1].invert(z.to(timer.device), None, guide(arguments), Call("triton", precision))
     cost = inverse_cost(workload, B, guided, precision, dtype.itemsize)
     record.row(
-        "whole sample", f"{workload.num_blocks} blocks", "ours", timer.milliseconds(run, 1, 0 if tiny else 1),
+        "whole sample", f"{workload.num_blocks} blocks", "ours", timer.milliseconds(run, 1, 0),
         moved=cost.bytes, flops=cost.flops, model=name, B=B, guided=guided, dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip

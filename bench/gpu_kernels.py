@@ -158,6 +158,8 @@ def forward_and_backward(
             launch = timer.graph(run)
         except RuntimeError as error:
             launch, said = run, f"{note}, launched from Python: {str(error).splitlines()[0][:60]}"
+            if variant.startswith("ours"):
+                record.check(f"{section} {name} {what}: a CUDA graph was captured", False, said)
         times = timer.milliseconds(launch, RUNS if timer.cuda else 1, WARM if timer.cuda else 0)
         about |= {"dtype": str(dtype).removeprefix("torch."), "note": said, unit: amount}
         record.row(section, f"{name} {what}".strip(), variant, times, **about)
@@ -194,9 +196,8 @@ def density(timer, record, dtype, tiny=False):
     }  # fmt: skip
     for name, (of, leaves, forward, backward, elements) in cases.items():
         pull = torch.randn_like(of("torch"))
-        for backend in ("triton", "cuda", "torch"):
+        for backend, variant in (("triton", "ours"), ("torch", "PyTorch")):
             if not OPS[name].why_not(backend, device, leaves[0].dtype):
-                variant = {"triton": "ours", "cuda": "ours, CUDA C++", "torch": "PyTorch"}[backend]
                 moved = elements * forward, elements * (forward + backward)
                 forward_and_backward(
                     "training kernel", name, variant, timer, record, leaves[0].dtype,

@@ -18,7 +18,7 @@ def step(model, optimizer, x, dtype):
     return loss.detach()
 
 
-def training(name, timer, record, dtype, B, variants, tiny=False):
+def training(name, timer, record, dtype, B, variants, tiny=False, backend="auto"):
     """Writes rows of forward and of a whole step (forward, backward, AdamW). The losses of the variants must agree."""
     workload = dataclasses.replace(WORKLOADS[name], num_blocks=2)
     if tiny:
@@ -34,7 +34,8 @@ def training(name, timer, record, dtype, B, variants, tiny=False):
     for variant in variants:
         torch.manual_seed(0)
         with torch.device(timer.device):
-            model = TarFlow(**workload.config) if variant == "ours" else ReferenceTarFlow(**workload.config)
+            ours = variant == "ours"
+            model = TarFlow(**workload.config, backend=backend) if ours else ReferenceTarFlow(**workload.config)
         if state is None:
             # proj_out is zero at the start, which would hide all that comes before it from the loss.
             with torch.no_grad():

@@ -1,59 +1,67 @@
-"""What a report says beside its numbers (the machine, the versions, the command), and how a table is written."""
+"""What is written of a run: the machine, and the results and tables of all suites, in one file."""
 
-import json
-import os
-import platform
+import datetime
+import functools
 import subprocess
 from pathlib import Path
 
 import torch
 from peaks import peaks
 
-from tarflow_fast import native
+from tarflow_fast.info import info
+from tarflow_fast.report import Machine, Run, write_runs
+
+FOLDER = Path(__file__).parent
+LATEST = FOLDER / ".cache" / "results.json"  # of the last `pytest bench/`, whatever it was; git ignores the folder
 
 
 def results_folder(config):
     """The folder that --save writes to; None without --save."""
     name = config.getoption("--save")
-    return Path(__file__).parent / "results" / name if name else None
+    return None if name is None else FOLDER / "results" / (name or machine().slug)
 
 
+@functools.cache
 def machine():
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    family = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("cpu family")), "")
-    threads = torch.get_num_threads()
-    measured = peaks(threads)
-    return {
-        "cpu": f"{cpu or platform.processor()} (family {family}), {os.cpu_count()} cores",
-        "threads": threads,
-        "isa": native.isa(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "peak_read_GB_s": round(measured["read"] / 1e9, 1),
-        "peak_fp32_GFLOP_s": round(measured["fp32"] / 1e9),
-        "peak_bf16_GFLOP_s": round(measured["bf16"] / 1e9),
-    }
+    """The machine, with its peaks of this moment. It is measured once a run, because it takes a second."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Machine.from_info(info(), commit=commit(), peaks=peaks(torch.get_num_threads()), time=now)
 
 
-def _lines(path):
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _commit():
+@functools.cache
+def commit():
     """The commit that is measured, with "-dirty" if a file was changed. Results do not count: they are not measured."""
 
-    folder = Path(__file__).parent
-
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=FOLDER, capture_output=True, text=True).stdout.strip()
 
-    commit = git("describe", "--always")
+    found = git("describe", "--always", "--match=")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
-    return (commit + "-dirty" if changed else commit) or "unknown"
+    return (found + "-dirty" if changed else found) or "unknown"
+
+
+def runs(results, dropped, command):
+    """One `Run` a suite. What was dropped stands in the first."""
+    found = {}
+    for result in results:
+        found.setdefault(result.suite, []).append(result)
+    return [
+        Run(suite, machine(), command, rows, list(dropped) if number == 0 else [])
+        for number, (suite, rows) in enumerate(found.items())
+    ]
+
+
+def save(folder, found, tables):
+    """Writes <date>-<commit>.json to the folder, and returns its path."""
+    path = folder / f"{machine().time[:10]}-{machine().commit}.json"
+    write(path, found, tables)
+    return path
+
+
+def write(path, found, tables):
+    """Writes runs, and the tables that have no rounds, to one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_runs(found, path, tables)
 
 
 def markdown(rows):
@@ -65,14 +73,3 @@ def markdown(rows):
         return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join([line(columns), line("-" * w for w in widths), *(line(row[c] for c in columns) for row in rows)])
-
-
-def write(folder, name, rows, command):
-    """Write NAME.json, which has every timing, and NAME.md."""
-    info = machine()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(
-        json.dumps({"machine": info, "command": command, "rows": rows}, indent=1) + "\n"
-    )
-    facts = "\n".join(f"- {key}: {value}" for key, value in info.items())
-    (folder / f"{name}.md").write_text(f"# {name}\n\n`{command}`\n\n{facts}\n\n{markdown(rows)}\n")

@@ -16,9 +16,11 @@ B, HIDDEN, MOST_SECONDS = 100, 256, 15
 LINES = {}
 
 
-@pytest.mark.parametrize("kind", ["MAF", "NSF"])
-@pytest.mark.parametrize("D", SIZES)
-def test_growth(kind, D, table, benchmark):
+CASES = [(kind, D) for D in SIZES for kind in ("MAF", "NSF")]
+
+
+@pytest.mark.parametrize("kind, D", CASES, ids=[f"zuko-{kind}-D{D}-B{B}-ours" for kind, D in CASES])
+def test_growth(kind, D, table, budget, benchmark):
     pytest.importorskip("zuko")
     flow, ours = build("zuko", kind, D, HIDDEN), build("zuko", kind, D, HIDDEN)
     made.accelerate(ours.module, path="cpu")
@@ -34,7 +36,8 @@ def test_growth(kind, D, table, benchmark):
             torch.manual_seed(1)
             torch.testing.assert_close(variants["ours"](), expected, rtol=1e-3, atol=1e-3)
         measured = Interleaved(variants)
-        rounds = max(3, min(15, int(4 / sum(timed(run) for run in variants.values()))))
+        once = sum(timed(run) for run in variants.values())
+        rounds = budget.rounds(once, 3, max(3, min(15, int(4 / once))))
         benchmark.group = f"made-growth-{kind}"
         benchmark.pedantic(
             variants["ours"], setup=lambda: measured.run_round(without="ours"), rounds=rounds, iterations=1

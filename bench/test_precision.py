@@ -7,7 +7,7 @@ median, the 99 % quantile, the largest and the root mean square. Flows with labe
 import pytest
 import torch
 from interleave import Interleaved, timed
-from photographs import photograph_flow
+from photographs import FOLDER, photograph_flow
 
 from tarflow_fast import TarFlow
 from tarflow_fast.flows import SHIPPED
@@ -17,13 +17,15 @@ FLOWS = {
     "photographs": photograph_flow,
 }
 PRECISIONS = ("fp32", "bf16", "int8")
+B = 100
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-def test_precision(flow, table, benchmark):
+@pytest.mark.parametrize("flow", FLOWS, ids=[f"{name}-B{B}-fp32" for name in FLOWS])
+def test_precision(flow, table, budget, benchmark):
+    if flow == "photographs" and not (FOLDER / "run" / "model" / "model.safetensors").exists():
+        budget.needs(600)  # the flow is trained first
     model = FLOWS[flow]()
     model.backend = "cpu"  # the native engine or an error: it must not fall back
-    B = 100
     y = torch.arange(B) % model.num_classes if model.num_classes else None
     noise = torch.randn(B, *model.var.shape, generator=torch.Generator().manual_seed(0))
     arguments = {"guidance": 1.0} if model.num_classes else {}
@@ -34,7 +36,8 @@ def test_precision(flow, table, benchmark):
     images = {precision: run(precision) for precision in PRECISIONS}
     assert all(image.isfinite().all() for image in images.values())
     measured = Interleaved({precision: lambda precision=precision: run(precision) for precision in PRECISIONS})
-    rounds = max(5, min(50, int(10 / sum(timed(variant) for variant in measured.variants.values()))))
+    once = sum(timed(variant) for variant in measured.variants.values())
+    rounds = budget.rounds(once, 5, max(5, min(50, int(10 / once))))
     benchmark.group = f"precision-{flow}"
     benchmark.pedantic(
         lambda: run("fp32"), setup=lambda: measured.run_round(without="fp32"), rounds=rounds, iterations=1

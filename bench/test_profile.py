@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cost import part_costs, weights_in_memory
+from interleave import timed
 from peaks import flop_rates, read_rate
 from report import results_folder
 from truth import Truth
@@ -25,7 +26,11 @@ from tarflow_fast.transforms import Guidance
 QUICK = [("mnist", 1, False), ("mnist", 16, False), ("cifar", 1, False), ("cifar", 16, False)]
 QUICK += [("c768_t64", 1, False), ("c768_t64", 16, False)]
 FULL = [("imagenet64", 1, False), ("imagenet64", 1, True), ("imagenet64", 4, False), ("imagenet64", 16, False)]
-CASES = [(*case, precision) for case in QUICK + FULL for precision in ("fp32", "bf16", "int8")]
+CASES = [
+    pytest.param((*case, precision), marks=pytest.mark.full if case in FULL else ())
+    for case in QUICK + FULL
+    for precision in ("fp32", "bf16", "int8")
+]
 CACHE = 32e6  # bytes of the last-level cache; what is smaller than all of it is not read from memory
 CACHES = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16"}  # the format that attention multiplies in
 SHARES = {}
@@ -33,14 +38,12 @@ SHARES = {}
 
 def name_of(case):
     workload, B, guided, precision = case
-    return f"{workload}-B{B}" + ("-guided" if guided else "") + f"-{precision}"
+    return workload + ("-guided" if guided else "") + f"-B{B}-{precision}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_profile(case, full, table, benchmark):
+def test_profile(case, table, budget, benchmark):
     name, B, guided, precision = case
-    if case[:3] in FULL and not full:
-        pytest.skip("--full")
     workload = replace(WORKLOADS[name], num_blocks=1)
     model, reference = build(workload)
     noise, labels, guidance = inputs(workload, B, guided)
@@ -62,7 +65,11 @@ def test_profile(case, full, table, benchmark):
         clocks.append((x, engine.clock))
 
     benchmark.group = name_of(case)
-    benchmark.pedantic(run, setup=clear, rounds=3 if workload.T > 256 else 10, iterations=1)
+    clear()
+    once = timed(run)
+    clocks.clear(), reads.clear()
+    rounds = budget.rounds(once, 3, 3 if workload.T > 256 else 10)
+    benchmark.pedantic(run, setup=clear, rounds=rounds, iterations=1)
     assert all(torch.equal(x, expected) for x, _ in clocks)
     worked = [clock[clock.sum(dim=1) > 0] for _, clock in clocks]  # a thread may have had nothing to do
     means = [clock.mean(dim=0).tolist() for clock in worked if len(clock) == max(len(each) for each in worked)]

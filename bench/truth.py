@@ -43,7 +43,13 @@ class Truth:
         return (tokens.double() - self.tokens).abs().max().item()
 
     def check(self, precision: str, images: torch.Tensor, patchify) -> float:
-        """The error, after a check of the error rule: at most twice plain PyTorch's own in that precision, plus 2 ulp.
+        """The error, after a check of the rule of `judge`."""
+        error, allowed = self.judge(precision, images, patchify)
+        assert error <= allowed, f"{precision}: error {error:.3g}, allowed {allowed:.3g}"
+        return error
+
+    def judge(self, precision: str, images: torch.Tensor, patchify) -> tuple[float, float]:
+        """The error and the most that is allowed: twice plain PyTorch's own in that precision, plus 2 ulp.
 
         int8 has no plain counterpart. Its weights keep 7 bits relative to the largest of their column, where bfloat16
         keeps 8 bits of each, so its error may be 6 times that of plain bfloat16.
@@ -53,8 +59,7 @@ class Truth:
             self.plain[precision] = self.plain_error(precision)
         factor = 6 if precision == "int8" else 2
         allowed = factor * self.plain[precision] + 2 * torch.finfo(dtype).eps * self.tokens.abs().max().item()
-        assert error <= allowed, f"{precision}: error {error:.3g}, allowed {allowed:.3g}"
-        return error
+        return error if images.isfinite().all() else float("nan"), allowed
 
     def plain_error(self, precision: str) -> float:
         """The error of plain PyTorch, in float32 or under bfloat16 autocast."""

@@ -15,7 +15,7 @@
 
 // This number is raised by one whenever a signature or its meaning changes. tarflow_fast/native.py refuses a library of
 // another number.
-#define TF_ABI_VERSION 5
+#define TF_ABI_VERSION 7
 
 enum tf_status {
     TF_OK = 0,
@@ -169,20 +169,59 @@ TF_EXPORT int tf_invert(const tf_plan* plan, tf_workspace* workspace, const tf_i
                         double seconds, int threads);
 
 // One pass of the net over tokens position .. position + window (net order) of every row. The inputs of all these
-// tokens are given.
+// tokens are given. Rows may have positions of their own, and may be some of the rows of an earlier pass alone.
 typedef struct tf_pass_arguments {
     const float* tokens;       // (rows, window, D); when guided (rows / 2, window, D), each row for two engine rows
     const int64_t* labels;     // as above, one for each row of `tokens`
     const float* query_scale;  // as above
     const int32_t* order;      // as above, but only for the places in pos_embed
-    float* ab;                 // (rows, window, D times the parts of the transform's parameters)
+    // (rows, window, D times the parts of the transform's parameters). With z and guidance, the first of the two engine
+    // rows of a row of `tokens` holds the guided parameters.
+    float* ab;
+    const int64_t* positions;  // one for each row of `tokens`; NULL: `position` for all
+    const int64_t* slots;      // where in the cache each row of `tokens` is kept, ascending; NULL: 0, 1, 2, ...
+    // The tokens that follow those given, as tf_invert finds them:  x = transform(z, parameters).
+    const float* z;         // as `tokens`: of each token, the noise of the one after it; NULL: there are no x and log_det
+    float* x;               // as z
+    double* log_det;        // (rows, window), or when guided (rows / 2, window): log |dx / dz|
+    const float* guidance;  // one weight for each row of `tokens`; used only when guided
     int64_t rows, window, position;
-    int32_t guided, split;
+    int32_t guided, split, guided_parts, annealed;  // the last two as above, for x
 } tf_pass_arguments;
 
-// The pass reads the keys and values of the tokens before `position` from the workspace, and writes those of its own
+// The pass reads the keys and values of the tokens before its own from the workspace, and writes those of its own
 // tokens. A later pass may overwrite them. Results do not depend on how the tokens are cut into passes.
 TF_EXPORT int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_arguments* arguments, int threads);
+
+// Where a row is on its way through an inversion by windows.
+typedef struct tf_window_row {
+    int64_t final_place;  // of its last final token, in net order
+    int64_t alone;        // before this place it goes one token after another
+    int64_t idle;         // passes, one after another, that gained no more than one token would have
+    int64_t fallbacks;    // windows that went one token after another
+    int64_t lost;         // whether it overflowed
+} tf_window_row;
+
+// The state of an inversion by windows (tarflow_fast/solvers/windows.py). The caller sets the members up to
+// `drafted`, and all numbers after it are 0 at first.
+typedef struct tf_windows {
+    tf_window_row* rows;  // (B,)
+    int64_t* accepted;    // (T - 1, B), all 0 at first: the tokens of each row that each pass made final
+    float* residual;      // (B,): the largest over tokens and D of |x' - x| of a token x that was accepted
+    int64_t window;       // W
+    int64_t call_tokens;  // a pass over more tokens of all engine rows than this is cut into several native passes
+    float tolerance;      // the largest residual of an accepted token; 0: no bit of it moved
+    int32_t drafted;     // whether x holds first values of all tokens, which are else guessed one after another
+    int64_t passes, single;  // passes done, and how many of them took one token of each row
+    int64_t work, solved;    // tokens of all rows in all passes, and tokens made final
+    int64_t width, next;     // of the pass under way: its tokens of a row, 0 for none, and the row that comes next
+} tf_windows;
+
+// Inverts the block by windows. A call goes on from `state` and returns when `solved` is B (T - 1), or after `seconds`,
+// give or take a pass of `call_tokens`. The workspace has room for all engine rows and min(W, T - 1) tokens. The clock
+// is not read. As with tf_invert, nothing else may change between the calls of one inversion. TF_NO_MEMORY is possible.
+TF_EXPORT int tf_invert_windows(const tf_plan* plan, tf_workspace* workspace, const tf_inversion* inversion,
+                                tf_windows* state, double seconds, int threads);
 
 // ---- one sweep through a masked autoregressive net (its Python side: tarflow_fast/made/engine.py) -------------------
 //

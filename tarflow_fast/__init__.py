@@ -30,6 +30,8 @@ _HOMES = {
     "Model": "model",
     "TokenFlow": "flow",
     "NonFiniteError": "solvers.nonfinite",
+    "LogisticMixture": "transforms",
+    "Spline": "transforms",
     "MetaBlock": "block",
     "ReferenceTarFlow": "reference",
     "apply_to": "apply",

@@ -7,19 +7,21 @@ The block is its net, under the module names of the original, so that the keys o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflow_fast.engines.call import Call
 from tarflow_fast.engines.fused import fused_layers
 from tarflow_fast.net import HEAD_SIZE, CausalNet, Order
 from tarflow_fast.solvers import invert
-from tarflow_fast.transforms import TRANSFORMS, Bijection, Guidance
+from tarflow_fast.transforms import Bijection, Guidance, Transform, find_transform, settle_transform
 from tarflow_fast.validate import check_labels, check_tensor
 
-__all__ = ["HEAD_SIZE", "MetaBlock"]
+__all__ = ["HEAD_SIZE", "TRANSFORM_KEY", "MetaBlock", "check_transform", "check_transforms", "transform_in"]
+
+TRANSFORM_KEY = "transform"  # of a state_dict: the name of a transform that the original has not
 
 
 class MetaBlock(CausalNet):
@@ -36,6 +38,7 @@ class MetaBlock(CausalNet):
         nvp: False drops the log-scale a (volume preserving).
         num_classes: 0 for an unconditional block.
         order: a permutation of range(T) instead of flip: the place of the i-th token the net sees.
+        transform: as in `TokenFlow`.
     """
 
     is_plain = True  # forward and reverse are for the caller; the net is CausalNet's
@@ -52,14 +55,16 @@ class MetaBlock(CausalNet):
         nvp: bool = True,
         num_classes: int = 0,
         order: Sequence[int] | Tensor | None = None,
+        transform: str | Transform | None = None,
     ) -> None:
-        transform = TRANSFORMS["affine" if nvp else "shift"]
+        name, nvp = settle_transform("MetaBlock", transform, nvp)
+        transform = find_transform("MetaBlock", name or ("affine" if nvp else "shift"))
         outputs = len(transform.parts) * token_size
         super().__init__(token_size, outputs, channels, num_tokens, num_layers, head_size, expansion, num_classes)
         self.transform, self.order = transform, Order(num_tokens, flip, order)
         # The original keeps its (T, T) masks as buffers: 32 MiB of an ImageNet64 file. Here they exist in files only.
-        self.register_state_dict_post_hook(_write_mask)
-        self.register_load_state_dict_pre_hook(_drop_mask)
+        self.register_state_dict_post_hook(_write_extras)
+        self.register_load_state_dict_pre_hook(_drop_extras)
 
     @property
     def flip(self) -> bool:
@@ -68,8 +73,8 @@ class MetaBlock(CausalNet):
 
     @property
     def nvp(self) -> bool:
-        """Whether there is a log-scale a."""
-        return self.transform.name == "affine"
+        """Whether volumes change: False for the shift alone."""
+        return self.transform.name != "shift"
 
     @property
     def bijection(self) -> Bijection:
@@ -93,7 +98,7 @@ class MetaBlock(CausalNet):
         """
         order = self.order
         h = self.embed(order.take(x), order.take(self.pos_embed, 0), self.class_embedding(y))
-        parameters = self.proj_out(fused_layers(self.attn_blocks, h, backend))
+        parameters = self.project(fused_layers(self.attn_blocks, h, backend, self.recompute))
         # One 16-bit type beside another, as autocast makes of images in the other: float32 holds both.
         wide = x.float() if x.dtype.itemsize == 2 and parameters.dtype != x.dtype else x
         if order.identity or order.flip:  # the kernels flip by index
@@ -102,6 +107,17 @@ class MetaBlock(CausalNet):
             z, log_det = self.transform.forward(order.take(wide), parameters, False, backend)
             z = order.put(z)
         return z.to(x.dtype), log_det / (x.size(1) * x.size(2)) if mean else log_det
+
+    def project(self, h: Tensor) -> Tensor:
+        """proj_out(h), in float32 under autocast.
+
+        In bfloat16 a shift b next to -1, black, is a multiple of 1/256, half a level of an 8-bit image.
+        """
+        kind = h.device.type
+        if h.dtype is torch.float32 and self.proj_out.weight.dtype is torch.float32 and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.proj_out(h)
+        return self.proj_out(h)
 
     def invert(
         self,
@@ -131,13 +147,51 @@ class MetaBlock(CausalNet):
         """z (B, T, D) -> x (B, T, D); z is never written. See `TarFlow.reverse` for the arguments."""
         check_tensor("reverse", "z", z, ("B", self.num_tokens, self.token_size), self.pos_embed)
         y = check_labels("reverse", y, z.size(0), self.num_classes, self.pos_embed)
-        return self.invert(z, y, Guidance(guidance, guide_what, attn_temp, annealed_guidance))[0]
+        guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        guide.check(self.transform)
+        return self.invert(z, y, guide)[0]
 
 
-def _write_mask(block: MetaBlock, state: dict, prefix: str, _metadata: dict) -> None:
+def transform_in(state: Mapping[str, Tensor], prefix: str) -> str | None:
+    """The full name of the transform of the block whose keys begin with `prefix`; None where the state does not tell.
+
+    Raises:
+        ValueError: what stands there is no text.
+    """
+    if (told := state.get(prefix + TRANSFORM_KEY)) is not None:
+        try:
+            return bytes(told.tolist()).decode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{prefix}{TRANSFORM_KEY} must hold the bytes of a name, got {told.dtype}") from error
+    weights = [state.get(prefix + name) for name in ("proj_in.weight", "proj_out.weight")]
+    if any(weight is None or weight.ndim != 2 for weight in weights):
+        return None
+    D, outputs = weights[0].size(1), weights[1].size(0)
+    return {D: "shift", 2 * D: "affine"}.get(outputs)
+
+
+def check_transform(where: str, transform: Transform, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise ValueError where the state of a block is that of another transform."""
+    found = transform_in(state, prefix)
+    if found not in (None, str(transform)):
+        raise ValueError(f"{where}: {prefix[:-1] or 'the block'} must have the transform {transform!s}, got {found}")
+
+
+def check_transforms(flow: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """The hook of a flow that refuses the state of another transform before any tensor is copied."""
+    for k, block in enumerate(flow.blocks):
+        check_transform("load_state_dict", block.transform, state, f"{prefix}blocks.{k}.")
+
+
+def _write_extras(block: MetaBlock, state: dict, prefix: str, _metadata: dict) -> None:
     T, pos_embed = block.num_tokens, block.pos_embed
     state[prefix + "attn_mask"] = torch.ones(T, T, dtype=pos_embed.dtype, device=pos_embed.device).tril()
+    if block.transform.name not in ("affine", "shift"):  # whose files are the original's
+        name = str(block.transform).encode()
+        state[prefix + TRANSFORM_KEY] = torch.tensor([*name], dtype=torch.uint8, device="cpu")
 
 
-def _drop_mask(_block: MetaBlock, state: dict, prefix: str, *_: object) -> None:
+def _drop_extras(block: MetaBlock, state: dict, prefix: str, *_: object) -> None:
+    check_transform("load_state_dict", block.transform, state, prefix)
     state.pop(prefix + "attn_mask", None)
+    state.pop(prefix + TRANSFORM_KEY, None)

@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from tarflow_fast.block import TRANSFORM_KEY, check_transform, transform_in
 from tarflow_fast.config import FlowConfig, TarFlowConfig, check_img_size
 from tarflow_fast.files import few, load_tensors, save_tensors, write_atomic
 from tarflow_fast.net import HEAD_SIZE
+from tarflow_fast.solvers.plan import SolverPlan
 from tarflow_fast.validate import check_positive_int
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DEQUANTIZER = "dequantizer.safetensors"  # beside them, where the noise of the bytes was learned: data/variational.py
 RUN = "model"  # the flow in the folder of a training run
 # What config.json calls a flow: the class that opens it, and the class of its arguments.
 MODEL_TYPES = {"tarflow": ("TarFlow", TarFlowConfig), "tokenflow": ("TokenFlow", FlowConfig)}
+_NAME = re.compile(rf"blocks\.\d+\.{TRANSFORM_KEY}")  # of a transform that the original has not
 # Of the flows of others: masks are buffers there, and a Dropout stands between the activation and the second Linear.
 _MASK = re.compile(r"(^|[._])mask$")
 _BEHIND_DROPOUT = re.compile(r"(blocks\.\d+\.attn_blocks\.\d+\.mlp\.main\.)3(\.(?:weight|bias))")
@@ -75,9 +79,9 @@ def infer_config(
         "channels": tensors["blocks.0.pos_embed"].size(1),
         "num_blocks": len(blocks),
         "layers_per_block": len(layers),
-        "nvp": tensors["blocks.0.proj_out.weight"].size(0) == 2 * D,
+        "nvp": tensors["blocks.0.proj_out.weight"].size(0) != D,
         "num_classes": 0 if class_embed is None else class_embed.size(0),
-    }
+    } | _told_transform(tensors)
 
 
 def is_token_file(tensors: dict[str, Tensor]) -> bool:
@@ -113,7 +117,8 @@ def infer_tokens(
         )
     if hidden == 0 or C == 0 or hidden % C:
         raise ValueError(f"{where}: mlp.main.0.weight must have a multiple of channels = {C} rows, got {hidden}")
-    if outputs not in (D, 2 * D):
+    told = _told_transform(tensors)
+    if not told and outputs not in (D, 2 * D):
         raise ValueError(
             f"{where}: proj_out.weight must have {D} or {2 * D} rows for tokens of size {D}, got {outputs}"
         )
@@ -125,11 +130,18 @@ def infer_tokens(
         layers_per_block=_count(r"blocks\.0\.attn_blocks\.(\d+)\.", tensors),
         head_size=HEAD_SIZE if head_size is None else head_size,
         expansion=hidden // C,
-        nvp=outputs == 2 * D,
+        nvp=bool(told) or outputs == 2 * D,
         num_classes=sizes.get("class_embed", (0,))[0],
         orders=orders,
+        **told,
     )
     return config.checked(where).json()
+
+
+def _told_transform(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The constructor's argument for a transform that the original has not, whose name stands beside the weights."""
+    name = transform_in(tensors, "blocks.0.") if f"blocks.0.{TRANSFORM_KEY}" in tensors else None
+    return {} if name is None else {"transform": name}
 
 
 def _count(pattern: str, tensors: dict[str, Tensor]) -> int:
@@ -148,13 +160,20 @@ def _without_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in tensors.items() if not _MASK.search(key)}
 
 
+def _without_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if not _NAME.fullmatch(key)}
+
+
 def _fill(
     cls: type, where: str, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype | None, device: Any
 ) -> Any:
     """A model of `config` that owns the tensors, strict; built on the meta device, so that memory is allocated once."""
     with torch.device("meta"):
         model = cls(**config)
-    wanted = _without_masks(model.state_dict())
+    for k, block in enumerate(model.blocks):
+        check_transform(where, block.transform, tensors, f"blocks.{k}.")
+    tensors = _without_names(tensors)
+    wanted = _without_names(_without_masks(model.state_dict()))
     wrong = {
         "Missing keys": [key for key in wanted if key not in tensors],
         "foreign keys": [key for key in tensors if key not in wanted],
@@ -240,11 +259,12 @@ class CheckpointMixin:
                 f"from_pretrained: {folder} must hold a {cls._model_type!r} flow, got {kind!r}: open it with "
                 f"{MODEL_TYPES[kind][0]}.from_pretrained"
             )
-        keys = [field.name for field in fields(MODEL_TYPES[cls._model_type][1])]
-        if set(config) != set(keys):
-            wrong = sorted(set(config) ^ set(keys))
+        keys = [field.name for field in fields(MODEL_TYPES[cls._model_type][1]) if field.name != TRANSFORM_KEY]
+        if wrong := sorted({*config} - {TRANSFORM_KEY} ^ {*keys}):
             raise ValueError(f"from_pretrained: {CONFIG} must have the keys {keys}, differing in {wrong}")
-        return _fill(cls, "from_pretrained", config, load_tensors(folder / WEIGHTS), dtype, device)
+        model = _fill(cls, "from_pretrained", config, load_tensors(folder / WEIGHTS), dtype, device)
+        model.solver_plan = SolverPlan.load(folder, len(model.blocks))
+        return model
 
     @classmethod
     def from_checkpoint(
@@ -334,4 +354,4 @@ def _download(name: str) -> Path:
         raise FileNotFoundError(
             f"from_pretrained: folder must exist, got {name!r} (a Hub id needs: pip install 'tarflow-fast[hub]')"
         ) from error
-    return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, DEQUANTIZER]))

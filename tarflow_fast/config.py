@@ -10,6 +10,7 @@ from typing import Any
 
 from tarflow_fast.files import few
 from tarflow_fast.net import HEAD_SIZE, Order
+from tarflow_fast.transforms import settle_transform
 from tarflow_fast.validate import check_positive_int
 
 __all__ = ["FlowConfig", "TarFlowConfig", "check_img_size"]
@@ -23,6 +24,12 @@ def check_img_size(where: str, img_size: object) -> tuple[int, int]:
 
 def _checked(config: Any, where: str, least: dict[str, int]) -> dict[str, int]:
     return {name: check_positive_int(where, name, getattr(config, name), minimum) for name, minimum in least.items()}
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """Its fields; the transform only where nvp does not tell it, so that files of other flows are as they were."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: value for name, value in values.items() if name != "transform" or value is not None}
 
 
 _SIZES = {"channels": 1, "num_blocks": 1, "layers_per_block": 1, "num_classes": 0}
@@ -42,6 +49,7 @@ class FlowConfig:
     nvp: bool = True
     num_classes: int = 0
     orders: tuple[tuple[int, ...], ...] | None = None
+    transform: str | None = None  # once checked, None where nvp tells it
 
     def checked(self, where: str) -> FlowConfig:
         """The same with plain ints and tuples.
@@ -51,7 +59,8 @@ class FlowConfig:
                 are not num_blocks permutations of range(num_tokens).
         """
         least = {"num_tokens": 1, "token_size": 1, "head_size": 1, "expansion": 1} | _SIZES
-        config = replace(self, nvp=bool(self.nvp), **_checked(self, where, least))
+        transform, nvp = settle_transform(where, self.transform, self.nvp)
+        config = replace(self, transform=transform, nvp=nvp, **_checked(self, where, least))
         if config.channels % config.head_size:
             raise ValueError(f"{where}: channels must be a multiple of {config.head_size}, got {config.channels}")
         return config if config.orders is None else replace(config, orders=config._check_orders(where))
@@ -74,8 +83,7 @@ class FlowConfig:
 
     def json(self) -> dict[str, Any]:
         """As `TokenFlow(**...)` takes it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"orders": None if self.orders is None else [list(order) for order in self.orders]}
+        return _values(self) | {"orders": None if self.orders is None else [list(order) for order in self.orders]}
 
 
 def _told(order: Any, T: int) -> str:
@@ -101,6 +109,7 @@ class TarFlowConfig:
     layers_per_block: int
     nvp: bool = True
     num_classes: int = 0
+    transform: str | None = None  # once checked, None where nvp tells it
 
     def checked(self, where: str) -> TarFlowConfig:
         """The same with plain ints, and img_size a pair only where it is not square.
@@ -113,7 +122,9 @@ class TarFlowConfig:
         patch_size = sizes["patch_size"]
         if height % patch_size or width % patch_size:
             raise ValueError(f"{where}: img_size must be a multiple of patch_size = {patch_size}, got {self.img_size}")
-        return replace(self, nvp=bool(self.nvp), img_size=height if height == width else (height, width), **sizes)
+        transform, nvp = settle_transform(where, self.transform, self.nvp)
+        size = height if height == width else (height, width)
+        return replace(self, transform=transform, nvp=nvp, img_size=size, **sizes)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -127,9 +138,8 @@ class TarFlowConfig:
         rows, columns = self.grid
         sizes = rows * columns, self.in_channels * self.patch_size**2
         below = self.channels, self.num_blocks, self.layers_per_block
-        return FlowConfig(*sizes, *below, nvp=self.nvp, num_classes=self.num_classes)
+        return FlowConfig(*sizes, *below, nvp=self.nvp, num_classes=self.num_classes, transform=self.transform)
 
     def json(self) -> dict[str, Any]:
         """As `TarFlow(**...)` takes it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"img_size": self.img_size if isinstance(self.img_size, int) else list(self.img_size)}
+        return _values(self) | {"img_size": self.img_size if isinstance(self.img_size, int) else list(self.img_size)}

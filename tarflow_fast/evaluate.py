@@ -1,4 +1,4 @@
-"""How well a flow knows data: bits per dimension of images, beside the plainest model there is; nats of tokens."""
+"""How well a flow knows data: bits/dim of images, beside the plainest model there is; their classes; nats of tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tarflow_fast.data import ImageFiles, ImageSet, generator
+from tarflow_fast.data import ImageFiles, ImageSet, dequantize, generator, to_unit
 from tarflow_fast.data.arrays import read_arrays
 from tarflow_fast.validate import check_positive_int
 
 if TYPE_CHECKING:
+    from tarflow_fast.data import Dequantizer
     from tarflow_fast.flow import TokenFlow
     from tarflow_fast.model import TarFlow
 
@@ -45,11 +46,14 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
+    dequantizer: Dequantizer | None = None,
+    importance: int = 1,
 ) -> Bits:
     """`model.bits_per_dim` over a whole set, an upper bound on the bits an exact code would need.
 
     conditional: tell the flow the labels, where both have classes.  n_draws: dequantisation draws an image.
-    The result is a function of (model, images, n_draws, seed, batch_size).
+    dequantizer, importance: as `bits_per_dim` has them.
+    The result is a function of (model, images, n_draws, seed, batch_size, dequantizer, importance).
     Raises ValueError for an empty set, or labels where the flow has another number of classes.
     """
     from tqdm import tqdm
@@ -73,11 +77,74 @@ def evaluate(
                 model.bits_per_dim(
                     x.to(device), y.to(device) if labelled else None, levels=images.levels, n_draws=n_draws,
                     seed=generator(seed, "evaluate", start).initial_seed(), batch_size=batch_size,
+                    dequantizer=dequantizer, importance=importance,
                 ).cpu()
             )  # fmt: skip
             bar.update(len(x))
             bar.set_postfix_str(f"{torch.cat(parts).mean().item():.4f}")
     return Bits(torch.cat(parts))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """right: (N,) bool, whether each image got its own class.  mean and its standard error over the images."""
+
+    right: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        return self.right.double().mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        count = len(self.right)
+        return (self.right.double().std() / math.sqrt(count)).item() if count > 1 else math.nan
+
+
+def classification(
+    model: TarFlow,
+    images: ImageSet,
+    n: int = 300,
+    *,
+    noise_std: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+    dequantizer: Dequantizer | None = None,
+) -> Accuracy:
+    """Whether `model.classify` finds the classes of n images of a set, drawn by the seed (all, where there are fewer).
+
+    noise_std: standard deviation of the Gaussian noise that the flow was trained with, which the images get as they did
+        then; None: dequantisation, as in `evaluate`, by the dequantizer given. Each image costs as many passes as there
+        are classes. One whose log p is not finite for some class counts as wrong.
+    Raises ValueError for an empty set, one without labels, or with another number of classes than the flow.
+    """
+    from tqdm import tqdm
+
+    check_positive_int("classification", "n", n)
+    check_positive_int("classification", "batch_size", batch_size)
+    if len(images) == 0 or images.labels is None or len(images.classes) != model.num_classes:
+        raise ValueError(
+            f"classification: images must be at least one, with the flow's {model.num_classes} classes, got "
+            f"{len(images)} with {len(images.classes)} ({images.source})"
+        )
+    chosen, right = torch.randperm(len(images), generator=generator(seed, "classify"))[:n], []
+    with tqdm(total=len(chosen), unit="image", desc="classes", disable=not progress) as bar:
+        for number, part in enumerate(chosen.split(batch_size)):
+            x, y = images.fetch(part)
+            draw = generator(seed, "classify noise", number)
+            if noise_std is None:
+                u = torch.rand(x.shape, generator=draw)
+                if dequantizer is not None:
+                    with torch.no_grad():
+                        u, _ = dequantizer(x.to(model.var.device), u.to(model.var.device), images.levels)
+                x = dequantize(x, u.cpu(), images.levels)
+            else:
+                x = to_unit(x, images.levels) + noise_std * torch.randn(x.shape, generator=draw)
+            scores = model.classify(x.to(model.var)).cpu()
+            right.append((scores.argmax(dim=1) == y) & scores.isfinite().all(dim=1))
+            bar.update(len(x))
+    return Accuracy(torch.cat(right))
 
 
 def histogram_bits(known: ImageSet, images: ImageSet) -> float:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tarflow_fast.block import MetaBlock
+from tarflow_fast.block import MetaBlock, check_transforms
 from tarflow_fast.checkpoint import CheckpointMixin
 from tarflow_fast.config import FlowConfig
 from tarflow_fast.dtypes import wide_dtype
@@ -22,13 +22,17 @@ from tarflow_fast.likelihood import LikelihoodMixin
 from tarflow_fast.net import HEAD_SIZE
 from tarflow_fast.ops.registry import BACKENDS, warn_once
 from tarflow_fast.sampling import SamplingMixin
-from tarflow_fast.solvers import invert_all
+from tarflow_fast.solvers import Report, Solving, invert_all
 from tarflow_fast.solvers.nonfinite import NonFinite, first_overflow
-from tarflow_fast.transforms import Bijection, Guidance
-from tarflow_fast.validate import check_labels, check_tensor
+from tarflow_fast.solvers.plan import SolverPlan
+from tarflow_fast.solvers.report import TOLERANCE
+from tarflow_fast.transforms import Bijection, Guidance, Transform
+from tarflow_fast.validate import check_labels, check_number, check_positive_int, check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from tarflow_fast.solvers.calibrate import Calibration
 
 __all__ = ["TokenFlow"]
 
@@ -48,15 +52,22 @@ class TokenFlow(SamplingMixin, LikelihoodMixin, CheckpointMixin, nn.Module):
         num_classes: 0 for an unconditional flow.
         orders: K permutations of range(T), in which the blocks see the tokens: orders[k][i] is the place of the i-th
             token that block k sees. None: as they are and in reverse, in turn.
+        transform: what the parameters do to a token: 'affine', 'shift', 'logistic_mixture' or 'spline', the last two
+            with a number of components after a colon where that is not 8; or an object (`LogisticMixture(4)`). None:
+            'affine', or 'shift' where nvp is False. Every transform is the identity where its parameters are 0. At the
+            start proj_out has weight 0 and torch's bias: then each block is a fixed map near the identity.
         backend: 'auto', 'torch', 'cpu', 'triton' or 'cuda': which kernels to use. One asked for by name that cannot run
             raises when it is used; 'auto' follows TARFLOW_FAST_BACKEND, then what is there.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, not positive, or does not divide as it must; orders are
-            no permutations.
+            no permutations; there is no such transform, or nvp is False and it is not the shift.
     """
 
     _frozen: FrozenNets | None = None
+    solver_plan: SolverPlan | None = (
+        None  # where solver 'auto' takes windows: `calibrate` sets it, or the flow's folder
+    )
 
     def __init__(
         self,
@@ -71,10 +82,11 @@ class TokenFlow(SamplingMixin, LikelihoodMixin, CheckpointMixin, nn.Module):
         nvp: bool = True,
         num_classes: int = 0,
         orders: Sequence[Sequence[int]] | Tensor | None = None,
+        transform: str | Transform | None = None,
         backend: str = "auto",
     ) -> None:
         sizes = num_tokens, token_size, channels, num_blocks, layers_per_block
-        config = FlowConfig(*sizes, head_size, expansion, nvp, num_classes, orders)
+        config = FlowConfig(*sizes, head_size, expansion, nvp, num_classes, orders, transform)
         self._build(config.checked(type(self).__name__), backend)
 
     def _build(self, config: FlowConfig, backend: str) -> None:
@@ -87,9 +99,11 @@ class TokenFlow(SamplingMixin, LikelihoodMixin, CheckpointMixin, nn.Module):
             MetaBlock(
                 config.token_size, config.channels, config.num_tokens, k % 2 == 1, config.layers_per_block,
                 config.head_size, config.expansion, config.nvp, config.num_classes, orders[k],
+                config.transform,
             )
             for k in range(config.num_blocks)
         )  # fmt: skip
+        self.register_load_state_dict_pre_hook(check_transforms)
         self.register_buffer("var", torch.ones(config.num_tokens, config.token_size))
 
     @property
@@ -205,8 +219,14 @@ class TokenFlow(SamplingMixin, LikelihoodMixin, CheckpointMixin, nn.Module):
         progress: bool = False,
         precision: str | None = None,
         memory_limit: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Noise to tokens, the inverse of `forward`: tokens are solved one after another, blocks last to first.
+        solver: str = "auto",
+        tolerance: float | None = None,
+        window: int | None = None,
+        draft: str | None = None,
+        return_report: bool = False,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Report]:
+        """Noise to tokens, the inverse of `forward`, blocks last to first, in a block one token after another or by
+        windows.
 
         The prior's variance has no part in it: z is what `forward` gives, not standard noise, unless var is 1.
 
@@ -224,6 +244,14 @@ class TokenFlow(SamplingMixin, LikelihoodMixin, CheckpointMixin, nn.Module):
                 the parameters, bf16 under autocast(bfloat16).
             memory_limit: bytes the engine may take, CPU or GPU, all of what a frozen model keeps included (a larger
                 batch is inverted in parts, with the same bits); None: most of what the machine has left.
+            solver: 'sequential', one token after another; 'windows', up to `window` tokens together, in fewer passes;
+                'auto', one after another, but by windows where `calibrate` measured that they are faster.
+            tolerance: of 'windows': the largest |transform^-1(z_{i+1}; net(x_0 .. x_i)) - x_{i+1}| of any token in any
+                block, but for rounding; 0 moves no bit; None: 1e-3.
+            window: of 'windows': tokens of a row in a pass; None: 16.
+            draft: of 'windows' on the native CPU engine: a cheaper precision, 'bf16' or 'int8', in which each block is
+                solved one token after another first. Windows then start from these values; None: from guesses.
+            return_report: return a `Report` as well: passes, tokens accepted, fallbacks, residuals.
 
         Returns:
             x (B, T, D) in z's dtype; log |det dx/dz| (B,), nats, summed over all dimensions (of the guided map, where
@@ -237,19 +265,94 @@ class TokenFlow(SamplingMixin, LikelihoodMixin, CheckpointMixin, nn.Module):
         """
         check_tensor("inverse", "z", z, ("B", *self.var.shape), self.var)
         y = check_labels("inverse", y, z.size(0), self.num_classes, self.var)
-        guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance, where="inverse")
+        guide = self._guidance("inverse", guidance, guide_what, attn_temp, annealed_guidance)
         bad = NonFinite("inverse", nonfinite, z.size(0))
+        solving = Solving("inverse", solver, tolerance, window, differentiable, draft)
         with (
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
-            self._call("inverse", precision, differentiable, memory_limit) as call,
+            self._call("inverse", precision, differentiable, memory_limit, solving) as call,
             self._progress("inverse", 1 if progress else 0) as on_token,
         ):
             stages, log_det = self._invert(z, y, guide, call, bad, on_token)
         bad.warn()
-        return stages[-1], log_det
+        return (stages[-1], log_det, solving.report) if return_report else (stages[-1], log_det)
 
-    def _call(self, where: str, precision: str | None, differentiable: bool, memory_limit: int | None) -> Call:
-        return Call(self.backend, precision, differentiable, memory_limit, self.blocks, self._frozen, where)
+    def _guidance(self, where: str, *arguments: Any) -> Guidance:
+        """The guidance arguments of a call, checked."""
+        guide = Guidance(*arguments, where=where)
+        guide.check(self.blocks[0].transform)
+        return guide
+
+    def _call(
+        self,
+        where: str,
+        precision: str | None,
+        differentiable: bool,
+        memory_limit: int | None,
+        solving: Solving | None = None,
+    ) -> Call:
+        if solving is not None:
+            solving.plan = self.solver_plan
+        return Call(self.backend, precision, differentiable, memory_limit, self.blocks, self._frozen, where, solving)
+
+    def calibrate(
+        self,
+        n: int = 16,
+        *,
+        batch_sizes: Sequence[int] | None = None,
+        precisions: Sequence[str] = ("fp32", "bf16"),
+        guidance: float = 0.0,
+        tolerance: float = TOLERANCE,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Calibration:
+        """Measure where windows are faster on this machine, and let solver 'auto' use that from now on.
+
+        Each block is inverted one token after another and by windows, from guesses and from drafts, in turn. 'auto'
+        then takes windows where they took less than 0.9 of the time (docs/windows.md says for which calls). Its tokens
+        satisfy their equations to within the tolerance; without a plan they are those of 'sequential' to the bit.
+
+        Args:
+            n: samples.  batch_sizes: measured, at most n each; None: 1, 4, 16, ... up to n.
+            precisions: measured; 'auto' stays sequential in others.
+            guidance: weight, for flows with classes; a plan without guidance is not used for calls with it.
+            tolerance: of the windows, > 0.
+            seed: of noise and labels.  progress: show a progress bar.
+
+        Returns:
+            A `Calibration`: `rows`, `plan`; as text a table. `calibration.plan.save(folder)` stores the plan beside
+            the weights, where `from_pretrained` finds it.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or range.
+            RuntimeError: the native engine cannot take a block; the reason is named.
+        """
+        from tarflow_fast.solvers.calibrate import calibrate
+
+        check_positive_int("calibrate", "n", n)
+        sizes = [4**k for k in range(20) if 4**k < n] + [n] if batch_sizes is None else list(batch_sizes)
+        for B in sizes:
+            check_positive_int("calibrate", "batch_sizes", B)
+            if B > n:
+                raise ValueError(f"calibrate: batch_sizes must be at most n = {n}, got {B}")
+        check_number("calibrate", "tolerance", tolerance)
+        if not 0 < tolerance < float("inf"):
+            raise ValueError(f"calibrate: tolerance must be finite and > 0, got {tolerance}")
+        guide = Guidance(guidance, where="calibrate")
+        for precision in precisions:
+            Call(precision=precision, where="calibrate")
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(n, *self.var.shape, generator=generator).to(self.var) * self.var.sqrt()
+        y = torch.randint(self.num_classes, (n,), generator=generator) if self.num_classes else None
+
+        def open_call(precision: str, solving: Solving) -> Call:
+            return Call("cpu", precision, False, None, self.blocks, self._frozen, "calibrate", solving)
+
+        settings = len(precisions) * len(sizes) * len(self.blocks)
+        with torch.no_grad(), _bar("calibrate", settings if progress else 0, "setting") as tick:
+            found = calibrate(self.bijections, z, y, guide, sizes, precisions, float(tolerance), open_call, tick)
+        self.solver_plan = found.plan
+        return found
 
     def _invert(
         self,
@@ -278,14 +381,20 @@ class TokenFlow(SamplingMixin, LikelihoodMixin, CheckpointMixin, nn.Module):
     @contextmanager
     def _progress(self, where: str, parts: int) -> Iterator[Callable[[], None] | None]:
         """What to call for every token solved in `parts` inverses one after another, for a progress bar; 0: no bar."""
-        if not parts:
-            yield None
-            return
-        from tqdm.auto import tqdm  # only here, so that a bare machine samples without it
-
-        tokens = parts * len(self.blocks) * (self.num_tokens - 1)
-        with tqdm(total=tokens, desc=where, unit="token", leave=False) as bar:
-            yield bar.update
+        with _bar(where, parts * len(self.blocks) * (self.num_tokens - 1), "token") as update:
+            yield update
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config.items())
+
+
+@contextmanager
+def _bar(where: str, total: int, unit: str) -> Iterator[Callable[[], None] | None]:
+    """What to call for every unit done, for a progress bar; 0: no bar."""
+    if not total:
+        yield None
+        return
+    from tqdm.auto import tqdm  # only here, so that a bare machine samples without it
+
+    with tqdm(total=total, desc=where, unit=unit, leave=False) as bar:
+        yield bar.update

@@ -51,8 +51,10 @@ def info() -> dict[str, Any]:
             "platform": platform.platform(),
         },
         "cpu": {
-            "model": _cpuinfo("model name") or platform.processor() or platform.machine(),
-            "features": [name for name in FEATURES if name in (_cpuinfo("flags") or _cpuinfo("Features")).split()],
+            "model": native.cpuinfo("model name") or platform.processor() or platform.machine(),
+            "features": [
+                name for name in FEATURES if name in (native.cpuinfo("flags") or native.cpuinfo("Features")).split()
+            ],
             "cores": os.cpu_count(),
             "threads": native.threads(),
         },
@@ -170,14 +172,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpuinfo(key: str) -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.split(":")[0].strip() == key), "")
-    except OSError:
-        return ""
 
 
 def _gpus() -> list[str]:

@@ -8,8 +8,9 @@ from torch import Tensor
 from tarflow_fast.checkpoint import ImageCheckpointMixin
 from tarflow_fast.config import TarFlowConfig
 from tarflow_fast.flow import TokenFlow
+from tarflow_fast.solvers import Report, Solving
 from tarflow_fast.solvers.nonfinite import NonFinite
-from tarflow_fast.transforms import Guidance
+from tarflow_fast.transforms import Transform
 from tarflow_fast.validate import check_labels, check_tensor
 
 __all__ = ["Model", "TarFlow"]
@@ -30,6 +31,7 @@ class TarFlow(ImageCheckpointMixin, TokenFlow):
         layers_per_block: L.
         nvp: False drops the log-scale (volume preserving); the prior's variance is then learned by `update_prior`.
         num_classes: 0 for an unconditional flow.
+        transform: as in `TokenFlow`: 'affine', 'shift' or 'logistic_mixture', or an object.
         backend: 'auto', 'torch', 'cpu', 'triton' or 'cuda': which kernels to use. One asked for by name that cannot run
             raises when it is used; 'auto' follows TARFLOW_FAST_BACKEND, then what is there.
 
@@ -48,10 +50,11 @@ class TarFlow(ImageCheckpointMixin, TokenFlow):
         nvp: bool = True,
         num_classes: int = 0,
         *,
+        transform: str | Transform | None = None,
         backend: str = "auto",
     ) -> None:
         config = TarFlowConfig(
-            in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp, num_classes
+            in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp, num_classes, transform
         ).checked("TarFlow")
         self._build(config.tokens.checked("TarFlow"), backend)
         self._config = config
@@ -122,8 +125,14 @@ class TarFlow(ImageCheckpointMixin, TokenFlow):
         progress: bool = False,
         precision: str | None = None,
         memory_limit: int | None = None,
-    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor]:
-        """Noise to images, the inverse of `forward`: tokens are solved one after another, blocks last to first.
+        solver: str = "auto",
+        tolerance: float | None = None,
+        window: int | None = None,
+        draft: str | None = None,
+        return_report: bool = False,
+    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor] | Report, ...]:
+        """Noise to images, the inverse of `forward`, blocks last to first, in a block one token after another or by
+        windows.
 
         Args:
             x: (B, T, D) standard normal noise; it is scaled by sqrt(var) inside, and never written.
@@ -142,6 +151,8 @@ class TarFlow(ImageCheckpointMixin, TokenFlow):
                 the parameters, bf16 under autocast(bfloat16).
             memory_limit: bytes the engine may take, CPU or GPU, all of what a frozen model keeps included (a larger
                 batch is inverted in parts, with the same bits); None: most of what the machine has left.
+            solver, tolerance, window, draft: as in `inverse`.
+            return_report: append a `Report` to what is returned: passes, tokens accepted, fallbacks, residuals.
 
         Returns:
             Images (B, in_channels, height, width) in the dtype of x (of the parameters, where x is narrower under
@@ -155,11 +166,12 @@ class TarFlow(ImageCheckpointMixin, TokenFlow):
         """
         check_tensor("reverse", "x", x, ("B", *self.var.shape), self.var, scaled=True)
         y = check_labels("reverse", y, x.size(0), self.num_classes, self.var)
-        guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        guide = self._guidance("reverse", guidance, guide_what, attn_temp, annealed_guidance)
         bad = NonFinite("reverse", nonfinite, x.size(0))
+        solving = Solving("reverse", solver, tolerance, window, differentiable, draft)
         with (
             torch.set_grad_enabled(differentiable and torch.is_grad_enabled()),
-            self._call("reverse", precision, differentiable, memory_limit) as call,
+            self._call("reverse", precision, differentiable, memory_limit, solving) as call,
             self._progress("reverse", 1 if progress else 0) as on_token,
         ):
             stages, log_det = self._invert(x * self.var.sqrt(), y, guide, call, bad, on_token)
@@ -168,9 +180,12 @@ class TarFlow(ImageCheckpointMixin, TokenFlow):
                 images = [self.unpatchify(stage) for stage in (x.clone(), *stages[1:])]
             else:
                 images = self.unpatchify(stages[-1])
-            if not return_log_det:
-                return images
-            return images, log_det + 0.5 * self.var.to(log_det).log().sum()
+            results = [images]
+            if return_log_det:
+                results.append(log_det + 0.5 * self.var.to(log_det).log().sum())
+            if return_report:
+                results.append(solving.report)
+            return images if len(results) == 1 else tuple(results)
 
 
 Model = TarFlow

@@ -18,7 +18,7 @@ import torch  # before the library: the two then share torch's copy of libgomp, 
 __all__ = ["DTYPES", "NativeUnavailable", "available", "build_report", "check", "check_override"]
 __all__ += ["isa", "isas", "library", "pointer", "reason", "threads"]
 
-ABI_VERSION = 5
+ABI_VERSION = 7
 LIBRARY = Path(__file__).parent / "_tarflow_cpu.so"
 REPORT = Path(__file__).parent / "build_report.json"
 
@@ -55,6 +55,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "tf_made_pack": (_int, [_void, _void, _int]),
     "tf_made_invert": (_int, [_void, _void, _void, _int]),
     "tf_pass": (_int, [_void, _void, _void, _int]),
+    "tf_invert_windows": (_int, [_void, _void, _void, _void, _double, _int]),
 }
 
 
@@ -104,6 +105,15 @@ def isas() -> list[str]:
     """The instruction sets in the library, slowest first."""
     loaded = _load()
     return [] if isinstance(loaded, Exception) else loaded.tf_built_isas().decode().split(",")
+
+
+@functools.cache
+def cpuinfo(key: str) -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.split(":")[0].strip() == key), "")
+    except OSError:
+        return ""
 
 
 def threads() -> int:

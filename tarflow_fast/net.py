@@ -18,6 +18,7 @@ from torch.nn import functional as F
 __all__ = ["HEAD_SIZE", "MLP", "Attention", "AttentionBlock", "CausalNet", "KVCache", "Order"]
 
 HEAD_SIZE = 64
+PRODUCTS_UP_TO = 256  # tokens, see causal_attention
 
 
 class Order:
@@ -103,6 +104,11 @@ class KVCache:
         self.length = [0] * self.num_layers
         self.grown: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
 
+    def rewind(self, length: int) -> None:
+        """Forget the tokens from the `length`-th on. A growing cache, which autograd reads, forgets none."""
+        if not self.growing:
+            self.length = [min(seen, length) for seen in self.length]
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add W tokens, (R, H, W, E) each; returns all keys and values so far, (R, H, t + W, E)."""
         if self.growing:
@@ -121,6 +127,20 @@ class KVCache:
         keys[:, :, start:end] = key
         values[:, :, start:end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax over s <= t of query[t] . key[s] / sqrt(E), times value; all (B, H, T, E).
+
+    On a CPU, where gradients are recorded and sequences are short, by two batched products: forward and backward
+    together took PyTorch's fused kernel, against these, 4.8 times as long in bf16 and 1.4 times in fp32 at T = 49,
+    2.6 and 1.1 times at T = 256, but 0.7 and 0.4 times at T = 1024 (Zen 5, 2 threads).
+    """
+    if query.device.type == "cpu" and query.size(2) <= PRODUCTS_UP_TO and query.requires_grad:
+        later = query.new_full((query.size(2), query.size(2)), -torch.inf).triu(1)
+        scores = (query * query.size(-1) ** -0.5) @ key.transpose(-1, -2) + later
+        return scores.softmax(-1).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 class Attention(nn.Module):
@@ -144,7 +164,7 @@ class Attention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """All tokens at once. h, result: (B, T, C)."""
         query, key, value = self._query_key_value(h)
-        return self._merge(F.scaled_dot_product_attention(query, key, value, is_causal=True), h.shape)
+        return self._merge(causal_attention(query, key, value), h.shape)
 
     def step(self, h: Tensor, kv_cache: KVCache, layer: int, query_scale: Tensor | None) -> Tensor:
         """W tokens against the cache of those before them, and one another.
@@ -217,6 +237,8 @@ class CausalNet(nn.Module):
     # A class that says so for itself, not by inheritance, computes what its layers and `embed` say and nothing more, so
     # that an engine may read its weights and leave its methods out. A subclass is taken at its word, or not at all.
     is_plain = True
+
+    recompute = False  # True: `forward` of a block keeps the inputs of its layers alone for the backward pass
 
     def __init__(
         self,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tarflow_fast.dtypes import wide_dtype
+from tarflow_fast.solvers import Report, Solving
 from tarflow_fast.solvers.nonfinite import NonFinite
-from tarflow_fast.transforms import Guidance
 from tarflow_fast.validate import check_labels, check_positive_int, seeded
 
 __all__ = ["SamplingMixin"]
@@ -39,7 +39,12 @@ class SamplingMixin:
         nonfinite: str = "warn",
         precision: str | None = None,
         memory_limit: int | None = None,
-    ) -> Tensor | list[Tensor]:
+        solver: str = "auto",
+        tolerance: float | None = None,
+        window: int | None = None,
+        draft: str | None = None,
+        return_report: bool = False,
+    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Report]:
         """Draw n samples. The noise is made on the CPU in float32, so a seed means the same samples on every device.
 
         Args:
@@ -57,14 +62,15 @@ class SamplingMixin:
             TypeError, ValueError: as `inverse`; labels given to an unconditional flow; both seed and generator.
         """
         check_positive_int("sample", "n", n, 0)
-        guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance, where="sample")
+        guide = self._guidance("sample", guidance, guide_what, attn_temp, annealed_guidance)
         batch_size = max(n, 1) if batch_size is None else check_positive_int("sample", "batch_size", batch_size)
         y, generator = self._check_draw("sample", n, y, seed, generator)
         noise = torch.randn(n, *self.var.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.var)
+        solving = Solving("sample", solver, tolerance, window, draft=draft)
         parts, starts, bad = [], range(0, max(n, 1), batch_size), NonFinite("sample", nonfinite, n)
         with (
             torch.no_grad(),
-            self._call("sample", precision, False, memory_limit) as call,
+            self._call("sample", precision, False, memory_limit, solving) as call,
             self._progress("sample", len(starts) if progress else 0) as on_token,
         ):
             for start in starts:
@@ -75,7 +81,8 @@ class SamplingMixin:
                 parts.append(stages if return_sequence else stages[-1:])
         bad.warn()
         samples = [self._from_tokens(torch.cat(stage)) for stage in zip(*parts, strict=True)]
-        return samples if return_sequence else samples[-1]
+        drawn = samples if return_sequence else samples[-1]
+        return (drawn, solving.report) if return_report else drawn
 
     def _check_draw(
         self, where: str, n: int, y: Tensor | int | None, seed: int | None, generator: torch.Generator | None
@@ -109,7 +116,12 @@ class SamplingMixin:
         nonfinite: str = "warn",
         precision: str | None = None,
         memory_limit: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        solver: str = "auto",
+        tolerance: float | None = None,
+        window: int | None = None,
+        draft: str | None = None,
+        return_report: bool = False,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Report]:
         """Draw n samples, a million if need be, with the log-density of each: log N(z; 0, var) - log |det dx/dz|.
 
         The samples are those of `sample` with the same seed. Noise lies where the samples will (a flow on a GPU or in
@@ -132,7 +144,7 @@ class SamplingMixin:
         """
         where = "sample_and_log_prob"
         n, batch_size = (check_positive_int(where, *pair) for pair in (("n", n), ("batch_size", batch_size)))
-        guide = Guidance(guidance, guide_what, attn_temp, annealed_guidance, where=where)
+        guide = self._guidance(where, guidance, guide_what, attn_temp, annealed_guidance)
         y, generator = self._check_draw(where, n, y, seed, generator)
         noise = torch.randn(n, *self.var.shape, generator=generator, dtype=torch.float32, device="cpu")
         x = (
@@ -144,7 +156,11 @@ class SamplingMixin:
         std, bad = self.var.sqrt(), NonFinite(where, nonfinite, n)
         # The constant of the prior: z is std times noise, so the noise alone makes the rest.
         constant = -(0.5 * math.log(2 * math.pi) * self.var.numel() + std.double().log().sum().item())
-        with self._call(where, precision, False, memory_limit) as call, _bar(where, n if progress else 0) as advance:
+        solving = Solving(where, solver, tolerance, window, draft=draft)
+        with (
+            self._call(where, precision, False, memory_limit, solving) as call,
+            _bar(where, n if progress else 0) as advance,
+        ):
             for start in range(0, n, batch_size):
                 rows = slice(start, start + batch_size)
                 part = noise[rows].to(self.var)
@@ -155,7 +171,8 @@ class SamplingMixin:
                 log_prob[rows] = (prior - log_det).to(log_prob.dtype)
                 advance(len(part))
         bad.warn()
-        return self._from_tokens(x), log_prob
+        drawn = self._from_tokens(x), log_prob
+        return (*drawn, solving.report) if return_report else drawn
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from tarflow_fast import info, verify
 from tarflow_fast.cli import main
 from tarflow_fast.data import load_digits
 from tarflow_fast.data.images import make_grid
-from tarflow_fast.evaluate import evaluate, histogram_bits
+from tarflow_fast.evaluate import classification, evaluate, histogram_bits
+from tarflow_fast.flows import open_flow, training_noise
 from tarflow_fast.model import TarFlow
 from tarflow_fast.training.run import train
 
@@ -156,14 +157,18 @@ def test_version(capsys):
 
 
 def test_evaluate_prints_the_models_bits(capsys, flow):
-    code, out, _ = run(capsys, "evaluate", "--model", flow, "--holdout", 0.05, "--n_draws", 2)
+    code, out, _ = run(capsys, "evaluate", "--model", flow, "--holdout", 0.05, "--n_draws", 2, "--classify", 20)
     known, part = load_digits().split(0.05)
-    bits = evaluate(TarFlow.from_pretrained(flow), part, n_draws=2)
+    model, record = open_flow(flow)
+    bits = evaluate(model, part, n_draws=2)
+    found = classification(model, part, 20, noise_std=training_noise(record))
     assert code == 0 and out == (
         "note: the flow was trained with --holdout 0 of these images\n"
         "digits, held out 0.05: 90 images, 17 levels\n"
-        f"bits/dim {bits.mean:.4f} +- {bits.standard_error:.4f} (standard error over images)\n"
-        f"a histogram a pixel: {histogram_bits(known, part):.4f}\n"
+        f"{'':22}     value        +-  standard error over what was measured\n"
+        f"bits/dim              {bits.mean:10.4f}  {bits.standard_error:8.4f}  90 images\n"
+        f"  a histogram a pixel {histogram_bits(known, part):10.4f}            90 images\n"
+        f"accuracy              {found.mean:10.4f}  {found.standard_error:8.4f}  20 images, Bayes' rule\n"
     )
 
 
@@ -299,7 +304,7 @@ def test_help_does_not_wait_for_torch():
     check += "try: cli.main()\nfinally: print(sorted({'torch', 'numpy', 'PIL', 'tqdm'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], **options)
     assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stdout
-    assert all(name in done.stdout for name in ("demo", "train", "sample", "evaluate", "info", "verify"))
+    assert all(name in done.stdout for name in ("demo", "train", "sample", "evaluate", "score", "info", "verify"))
 
 
 def test_python_m_tarflow_fast_is_the_tool(tmp_path):

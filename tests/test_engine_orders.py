@@ -9,8 +9,16 @@ from compare import same_bits
 from engine_cases import run, small_case
 
 from tarflow_fast import native
-from tarflow_fast.engines.cpu import _Inversion
-from tarflow_fast.engines.cpu_native import BAD_SIZE, PRECISIONS, SPLITS, Plan, Sizes, Workspace, run_pass
+from tarflow_fast.engines.cpu_native import (
+    BAD_SIZE,
+    PRECISIONS,
+    SPLITS,
+    InversionArguments,
+    Plan,
+    Sizes,
+    Workspace,
+    run_pass,
+)
 from tarflow_fast.engines.weights import inspect
 from tarflow_fast.transforms import Guidance
 
@@ -42,7 +50,7 @@ class Inversion:
         self.strength = torch.full((B,), float(guidance.weight)) if guidance.active else None
         self.temper = torch.tensor([1.0, 1.0 / guidance.attn_temp]).repeat(B) if guidance.active else None
         tensors = (self.z, self.x, self.log_det, self.labels, self.temper, self.strength, self.order, None)
-        self.job = _Inversion(
+        self.job = InversionArguments(
             *map(native.pointer, tensors), batch=B, guided_parts=3, annealed=guidance.annealed, split=SPLITS[split]
         )
         self.stage = ctypes.c_int64(0)

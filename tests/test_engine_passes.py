@@ -10,7 +10,8 @@ from flows import random_flow
 
 from tarflow_fast import MetaBlock, native
 from tarflow_fast.engines.cpu import Engine
-from tarflow_fast.engines.cpu_native import PRECISIONS, Plan, Sizes, Workspace, run_pass
+from tarflow_fast.engines.cpu_native import PRECISIONS, Following, Plan, Sizes, Workspace, run_pass
+from tarflow_fast.engines.cpu_steps import CpuSteps
 from tarflow_fast.engines.weights import inspect
 from tarflow_fast.transforms import Guidance
 
@@ -85,6 +86,66 @@ def test_a_window_may_be_run_again_with_other_values():
     run_pass(plan, space, tokens[:, :8] * torch.nan, 0)
     run_pass(plan, space, tokens[:, :8], 0)
     assert same_bits(run_pass(plan, space, tokens[:, 8:], 8), right[:, 8:])
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("guided", [False, True])
+def test_rows_at_places_of_their_own_have_the_same_bits(precision, guided, threads):
+    """Some rows, each from a place of its own on, and the tokens that follow: as the whole inversion finds them."""
+    case = small_case(num_tokens=40)
+    block, y, guidance = case.block, case.y[:4], Guidance(1.5, "ab", 0.8, True) if guided else Guidance()
+    z = case.z[:4].float()
+    weights = inspect(block)
+    with torch.no_grad():
+        x, log_det = Engine(precision).invert(block.bijection, z, y, guidance)
+    x, z = block.order.take(x), block.order.take(z)
+    sizes = Sizes.of(weights, block.transform, precision)
+    plan, space = Plan(sizes).pack(weights), Workspace(sizes, 4 * (1 + guided), window=13, threads=4)
+    steps = CpuSteps(plan, space, block.bijection, y, 4, guidance)
+    every, sums = torch.arange(4), torch.zeros(4, 39, dtype=torch.float64)
+    for number, place in enumerate(range(0, 39, 13)):
+        threads(number + 1)
+        begin = torch.full((4,), place)
+        v, sums[:, place : place + 13], _ = steps.step(
+            x[:, place : place + 13], z[:, place + 1 : place + 14], begin, every
+        )
+        assert same_bits(v, x[:, place + 1 : place + 14])
+    assert same_bits(sum(sums.unbind(1)).float(), log_det)
+    rows, begin = torch.tensor([0, 2, 3]), torch.tensor([28, 3, 17])
+    inputs = begin[:, None] + torch.arange(9)
+    for number in (1, 2, 3):
+        threads(number)
+        spoiled = x[rows[:, None], inputs].clone()
+        spoiled[1, 5:] = torch.nan  # later tokens of its own row, and the other rows, are none of its business
+        v, _, _ = steps.step(spoiled, z[rows[:, None], inputs + 1], begin, rows)
+        right = x[rows[:, None], inputs + 1]
+        assert same_bits(v[[0, 2]], right[[0, 2]]) and same_bits(v[1, :5], right[1, :5]) and v[1, 5:].isnan().all()
+        v, _, _ = steps.step(x[rows[:, None], inputs], z[rows[:, None], inputs + 1], begin, rows)
+        assert same_bits(v, right)
+
+
+def test_places_and_slots_out_of_range_are_refused():
+    case = small_case(num_tokens=12)
+    weights = inspect(case.block)
+    sizes = Sizes.of(weights, case.block.transform, "fp32")
+    plan, space, tokens = Plan(sizes).pack(weights), Workspace(sizes, 3, window=4), case.z[:2, :4].float()
+    noise = Following(tokens)
+    for position, slots, following in (
+        (torch.tensor([0, 9]), None, None),
+        (torch.tensor([0, -1]), None, None),
+        (torch.tensor([0, 8]), None, noise),  # nothing follows the last token
+        (0, torch.tensor([1, 0]), None),
+        (0, torch.tensor([1, 1]), None),
+        (0, torch.tensor([0, 3]), None),
+        (0, torch.tensor([-1, 0]), None),
+    ):
+        with pytest.raises(ValueError, match=r"^run_pass: 2 rows of 4 tokens from .* do not fit"):
+            run_pass(plan, space, tokens, position, slots=slots, following=following)
+    with pytest.raises(ValueError, match=r"^run_pass: slots must be \(2,\) of torch.int64, got \(3,\) of torch.int64$"):
+        run_pass(plan, space, tokens, 0, slots=torch.arange(3))
+    with pytest.raises(ValueError, match=r"^run_pass: following must hold noise"):
+        run_pass(plan, space, tokens, 0, following=Following(tokens[:1]))
 
 
 @pytest.mark.every_isa

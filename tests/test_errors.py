@@ -9,6 +9,7 @@ import torch
 from flows import random_flow, random_images, random_noise
 from safetensors.torch import save_file
 from tokens import draw_rows, random_tokens_flow
+from transform_errors import TRANSFORM_CALLS
 
 from tarflow_fast import TarFlow, TokenFlow
 from tarflow_fast.files import load_tensors
@@ -38,6 +39,7 @@ def inverse_asked_for(backend):
 
 
 CALLS = [
+    *TRANSFORM_CALLS,
     # constructor
     (lambda: TarFlow(1, 8, 2, 65, 1, 1), ValueError, "TarFlow: channels must be a multiple of 64, got 65"),
     (lambda: TarFlow(1, 9, 2, 64, 1, 1), ValueError, "TarFlow: img_size must be a multiple of patch_size = 2, got 9"),
@@ -248,6 +250,12 @@ CALLS = [
         "bits_per_dim: x must have shape (B, 1, 8, 8), got (2, 1, 7, 8)",
     ),
     (lambda: MODEL.bits_per_dim(PIXELS, seed=1.5), TypeError, "bits_per_dim: seed must be an int, got float"),
+    (lambda: MODEL.bits_per_dim(PIXELS, importance=0), ValueError, "bits_per_dim: importance must be >= 1, got 0"),
+    (
+        lambda: MODEL.bits_per_dim(PIXELS, dequantizer="variational"),
+        TypeError,
+        "bits_per_dim: dequantizer must be one of tarflow_fast.data, or None, got str",
+    ),
     (lambda: MODEL.log_prob(X, 3), ValueError, "log_prob: y must be below num_classes = 3 (negative: no label), got 3"),
     (lambda: MODEL.denoise(X, Y, "a"), TypeError, "denoise: noise_std must be a number, got str"),
     (lambda: MODEL.denoise(X, Y, 0.0), ValueError, "denoise: noise_std must be finite and > 0, got 0.0"),

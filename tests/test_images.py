@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from tarflow_fast.data.images import make_grid, save_grid, save_image, side_by_side, to_uint8
+from tarflow_fast.data.sheet import Band, sheet
 
 
 def test_to_uint8_rounds_and_clips():
@@ -83,3 +84,40 @@ def test_panels_stand_side_by_side_under_their_captions():
     assert np.array_equal(picture[24:34, 5:25], left.numpy()) and np.array_equal(picture[24:54, 30:70], right.numpy())
     assert (picture[:24, 5:25] < 128).any() and (picture[:24, 30:70] < 128).any()  # captions are there
     assert (picture[34:, :25] == 255).all()
+
+
+def flat(height, width, grey):
+    return torch.full((height, width, 3), grey, dtype=torch.uint8)
+
+
+def test_a_sheet_has_one_margin_and_one_right_edge():
+    """Panels begin right of the longest name of all, and those of a narrower band are spread to the same edge."""
+    wide = Band([("a", flat(40, 200, 50)), ("b", flat(40, 100, 60))], ["one", "another name"])
+    narrow = Band([("c", flat(20, 50, 70)), ("d", flat(20, 50, 80)), ("e", flat(20, 50, 90))])
+    picture = np.asarray(sheet([wide, narrow], text=16, gap=10))[..., 0]
+    boxes = {}
+    for grey in (50, 60, 70, 80, 90):
+        rows, columns = (np.flatnonzero((picture == grey).sum(axis=1 - axis) > 10) for axis in (0, 1))
+        boxes[grey] = (rows[0], columns[0], len(rows), len(columns))
+    left = boxes[50][1]
+    assert left > 16 + 12 and boxes[70][1] == left  # one margin
+    assert boxes[60][1:] == (left + 210, 40, 100) and boxes[80][1:] == (left + 130, 20, 50)
+    assert boxes[90][1:] == (left + 260, 20, 50) and picture.shape[1] == left + 310 + 16  # one right edge
+    assert boxes[70][0] == boxes[50][0] + 40 + 10 + 21  # below, after the gap and a line of text
+    names = picture[boxes[50][0] : boxes[50][0] + 40, :left]
+    assert (names[:20] < 99).any() and (names[20:] < 99).any() and (names[:, -12:] == 255).all()
+
+
+def test_text_that_would_not_fit_is_set_smaller():
+    """A caption ends before the next panel begins, however long it is."""
+    long = "a caption of many words"
+    picture = np.asarray(sheet([Band([(long, flat(60, 80, 200)), ("", flat(60, 80, 200))])], text=22, gap=30))[..., 0]
+    above = picture[:44]
+    assert (above[:, 16:96] < 128).any() and (above[:, 126:] == 255).all()
+
+
+@pytest.mark.parametrize("bands, got", [([], "none"), ([Band([])], "an empty one")])
+def test_a_sheet_of_nothing(bands, got):
+    with pytest.raises(ValueError) as raised:
+        sheet(bands)
+    assert str(raised.value) == f"sheet: bands must be bands of at least one panel each, got {got}"

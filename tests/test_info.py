@@ -142,4 +142,5 @@ def test_info_of_a_flow_on_the_command_line(fresh_warnings, capsys):
     assert main(["info", "digits", "--json"]) == 0
     assert [row["block"] for row in json.loads(capsys.readouterr().out)["blocks"]] == [0, 1, 2, 3]
     assert main(["info", "nowhere"]) == 2
-    assert "from_pretrained: folder must exist, got 'nowhere'" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "open_flow: name must be a flow that ships (digits, fashion" in told and "got 'nowhere'" in told

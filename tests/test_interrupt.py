@@ -63,7 +63,8 @@ def test_an_exception_inside_reverse_leaves_nothing_behind(fresh_warnings):
         assert torch.equal(after, right)
 
 
-def test_ctrl_c_inside_reverse_leaves_right_answers_behind():
+@pytest.mark.parametrize("solver", ["sequential", "windows"])
+def test_ctrl_c_inside_reverse_leaves_right_answers_behind(solver):
     model = random_flow(**CONFIG)
     before, noise = answers(model), random_noise(model, 64)
     for delay in (0.01, 0.05):
@@ -72,7 +73,7 @@ def test_ctrl_c_inside_reverse_leaves_right_answers_behind():
             timer.start()
             end = time.monotonic() + 20
             while time.monotonic() < end:  # if the Ctrl-C gets lost, the loop must end all the same
-                model.reverse(noise, Y.repeat(32), 1.0)
+                model.reverse(noise, Y.repeat(32), 1.0, solver=solver)
         timer.join()
         for after, right in zip(answers(model), before, strict=True):
             assert torch.equal(after, right)

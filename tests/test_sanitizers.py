@@ -87,7 +87,7 @@ def without(folder, file, text):
     return folder / "csrc"
 
 
-@pytest.mark.parametrize("file", ["layer.h", "invert.cpp"])
+@pytest.mark.parametrize("file", ["layer.h", "invert.cpp", "pass.cpp"])
 def test_one_meeting_less_is_a_race(build, tmp_path, file):
     """If a meeting of the threads is removed, the test before this one fails.
 

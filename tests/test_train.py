@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from training import metrics, tiny, trainer_of, write_image
 
-from tarflow_fast.data import sample_order, to_unit
+from tarflow_fast.data import load_dataset, sample_order, to_unit
 from tarflow_fast.model import TarFlow
+from tarflow_fast.net import causal_attention
 from tarflow_fast.training.config import TrainConfig, from_file
 from tarflow_fast.training.parallel import Workers
 from tarflow_fast.training.run import train
@@ -264,6 +266,58 @@ def test_unlabeled_folder_trains_an_unconditional_flow(tmp_path):
     assert run.steps == 2 and TarFlow.from_pretrained(run.model).num_classes == 0
 
 
+def test_classes_can_be_left_out(tmp_path):
+    """The flow then has no classes, and trains as on the same images without labels."""
+    same = dict(lr=1e-3, schedule="cosine", warmup=0.1, noise_std=0.1, ema=0.9, stop_at=3)
+    trained = train(tiny(tmp_path / "a", classes=False, **same))
+    digits = load_dataset("digits", 8, 1)
+    plain = train(tiny(tmp_path / "b", **same), replace(digits, labels=None, classes=()))
+    assert TarFlow.from_pretrained(trained.model).num_classes == 0
+    one, other = ((run.model / "model.safetensors").read_bytes() for run in (trained, plain))
+    assert one == other
+
+
+def test_a_run_starts_from_a_flow(tmp_path):
+    """The first loss is the flow's own, and its shape need not be told; another shape is refused."""
+    first = train(tiny(tmp_path / "first", stop_at=40, ema=0.0))
+    shape = dict.fromkeys(("patch_size", "channels", "num_blocks", "layers_per_block"))
+    goes_on = train(tiny(tmp_path / "second", start=str(first.model), stop_at=2, seed=1, **shape))
+    config = TarFlow.from_pretrained(goes_on.model).config
+    assert config == TarFlow.from_pretrained(first.model).config
+    fresh = train(tiny(tmp_path / "fresh", stop_at=2, seed=1))
+    assert goes_on.result["loss"] < fresh.result["loss"] - 0.5
+    with pytest.raises(ValueError, match="channels must be 64, as in the flow to start from, got 128"):
+        train(tiny(tmp_path / "other", start=str(first.model), channels=128))
+    assert not (tmp_path / "other").exists()
+
+
+def test_bf16_training_keeps_the_shifts_exact(tmp_path):
+    """bfloat16 has steps of 1/256 next to -1, half a level: a shift there is computed in float32."""
+    torch.manual_seed(0)
+    block = TarFlow(1, 8, 2, 64, 1, 1).blocks[0]
+    with torch.no_grad():
+        block.proj_out.bias.copy_(-1 + torch.arange(8) / 5000)
+    x = torch.zeros(1, 16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, _ = block(x)
+    a, b = block.proj_out.bias.detach().chunk(2)
+    torch.testing.assert_close(z[0, 1:], ((0 - b) * (-a).exp()).expand(15, 4), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("T", [1, 5, 64])
+def test_attention_of_training_is_attention(T):
+    """Where gradients are recorded on a CPU, two products take the fused kernel's place: the same numbers."""
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, T, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(2, 3, T, 16, dtype=torch.float64)
+    ours = torch.autograd.grad(causal_attention(*parts), parts, grad)
+    theirs = torch.autograd.grad(F.scaled_dot_product_attention(*parts, is_causal=True), parts, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    with torch.no_grad():
+        plain = causal_attention(*parts)
+    torch.testing.assert_close(causal_attention(*parts).detach(), plain, rtol=1e-12, atol=1e-13)
+
+
 def test_bf16_autocast_is_near_float32(tmp_path):
     train(tiny(tmp_path / "fp32", stop_at=3))
     train(tiny(tmp_path / "bf16", stop_at=3, precision="bf16"))
@@ -271,6 +325,66 @@ def test_bf16_autocast_is_near_float32(tmp_path):
     assert 0 < np.abs(near - exact).max() < 2**-8 * np.abs(exact).max() * 4  # a few bf16 roundings (2^-8 each)
     tensors, _, _ = read_state(tmp_path / "bf16" / CHECKPOINT)
     assert tensors["model.blocks.0.proj_in.weight"].dtype == torch.float32
+
+
+def test_recomputed_layers_give_the_same_bits_with_less_memory(tmp_path):
+    runs = [train(tiny(tmp_path / str(how), stop_at=3, recompute=how, layers_per_block=4)) for how in (False, True)]
+    one, other = ((run.model / "model.safetensors").read_bytes() for run in runs)
+    assert one == other
+    model, x = TarFlow(1, 8, 2, 64, 2, 4), torch.randn(8, 1, 8, 8)
+    kept = []
+    for recompute in (False, True):
+        for block in model.blocks:
+            block.recompute = recompute
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            held = model(x)
+        weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+        kept.append(sum(size for address, size in storages.items() if address not in weights))
+        del held
+    assert kept[1] < 0.2 * kept[0], kept
+
+
+def test_tensorboard_gets_the_numbers_and_the_pictures(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tiny(tmp_path, stop_at=3, tensorboard=True, sample_every=2))
+    train(tiny(tmp_path, stop_at=5, tensorboard=True))  # goes on
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "lr", "grad_norm"):
+        lines = [(step, pytest.approx(value)) for step, value in metrics(tmp_path, "step", name)]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == lines, name
+    assert [image.step for image in events.Images("samples")] == [2, 3, 5]
+
+
+def test_missing_tensorboard_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"tarflow-fast\[tensorboard\]"):
+        train(tiny(tmp_path / "run", stop_at=1, tensorboard=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flow_older_than_its_checkpoint_is_written_again(tmp_path):
+    """As when the process was killed after it had written the last checkpoint, and before the flow."""
+    run = train(tiny(tmp_path, stop_at=3))
+
+    def contents():
+        record = json.loads((run.model / "train.json").read_text())
+        record["result"].pop("images_per_second")
+        return record, (run.model / "model.safetensors").read_bytes()
+
+    expected = contents()
+    early = train(tiny(tmp_path / "early", stop_at=2))
+    for name in ("train.json", "model.safetensors"):
+        (run.model / name).write_bytes((early.model / name).read_bytes())
+    assert contents() != expected
+    train(tiny(tmp_path, stop_at=3))
+    assert contents() == expected
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path, monkeypatch, capsys):

@@ -95,7 +95,11 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("changes", [{}, dict(nvp=False, accumulate=2)], ids=["plain", "prior, two parts"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(nvp=False, accumulate=2), dict(dequantize="variational", accumulate=2)],
+    ids=["plain", "prior, two parts", "learned noise"],
+)
 def test_two_processes_train_like_one(tmp_path, changes):
     """Two processes have the global batch, noise and dropped labels of one. Only the gradient's sum has another order.
 

@@ -34,6 +34,7 @@ def one_thread(threads):
         (dict(img_size=8.0), "train: img_size must be an int or 2 values, each an int, got 8.0"),
         (dict(seed=True), "train: seed must be an int, got True"),
         (dict(save_dtype="fp16"), "train: save_dtype must be one of float32, float16, bfloat16, got fp16"),
+        (dict(transform=3), "train: transform must be a text, got 3"),
         (dict(ema=1.0), "train: ema must be in [0, 1), got 1.0"),
         (dict(batch_size=0), "train: batch_size must be an int of at least 1, got 0"),
         (

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from step_compile import serialized
 from test_triton_compile import SHARED_LIMIT, compile_kernel, fresh_cache, resources, widths  # noqa: F401
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -60,6 +61,7 @@ def test_attention(part, E, dtype, arch, tmp_path):
     for even in (False, True):
         compiled = compile_attention(part, arch, E, dtype, even)
         check_attention(compiled, arch, tmp_path)
+        assert not serialized(compiled, tmp_path, arch)
         ptx = compiled.asm["ptx"]
         if dtype == "fp32":
             assert "mma" not in ptx, "TF32 must not replace float32"

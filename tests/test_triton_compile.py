@@ -13,7 +13,7 @@ from cases import AFFINE_CASES
 from tarflow_fast.ops.affine import DTYPES
 
 triton = pytest.importorskip("triton")
-from step_compile import SHARED_LIMIT, resources  # noqa: E402
+from step_compile import SHARED_LIMIT, Recorder, build, resources  # noqa: E402
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -104,3 +104,30 @@ def test_affine_tiles_are_powers_of_two(D):
 
     block_t, block_d = kernels.tile(D)
     assert block_t * block_d == kernels.TILE and block_t & (block_t - 1) == 0 and block_d & (block_d - 1) == 0
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("B, W, D", [(1, 16, 12), (16, 16, 192), (3, 1, 5), (16, 256, 48), (2, 8, 5000)])
+def test_accept(B, W, D, arch, monkeypatch, tmp_path):
+    """Acceptance by windows, as the engine launches it: guided and not, with a tolerance and without one."""
+    from tarflow_fast.kernels.triton import accept as kernels
+
+    seen, T = [], 1025
+    monkeypatch.setattr(kernels, "accept_kernel", Recorder(kernels.accept_kernel, seen))
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for parts, rows, tolerance in ((2, 2 * B, 1e-3), (1, B, 1e-3), (2, B, 0)):
+        starts, state = empty(2, rows, dtype=torch.int32), empty(6, B, dtype=torch.int32)
+        kernels.accept(
+            v=empty(B, W, D), parameters=empty(B, W, parts * D), z=empty(B, T, D),
+            x=empty(B, T, D), order=starts[0], state=state, starts=starts, residual=empty(B),
+            history=state, left=state[0], tolerance=tolerance, last=T - 2,
+        )  # fmt: skip
+    for kernel, _, given, options in seen:
+        compiled = build(kernel, given, options, arch)
+        used = resources(compiled, tmp_path)
+        assert used["LOCAL"] == 0 and used["STACK"] == 0, f"spills: {used}"
+        assert compiled.metadata.shared <= 8192
+        assert D % 16 or max(widths(compiled)) == 16

@@ -172,6 +172,11 @@ int tf_pass(const tf_plan* plan, tf_workspace* workspace, const tf_pass_argument
     return chosen->pass(plan, workspace, arguments, tf::usable(threads));
 }
 
+int tf_invert_windows(const tf_plan* plan, tf_workspace* workspace, const tf_inversion* inversion, tf_windows* state,
+                      double seconds, int threads) {
+    return chosen->invert_windows(plan, workspace, inversion, state, seconds, tf::usable(threads));
+}
+
 int64_t tf_made_numbers(const tf_made* made) { return chosen->made_numbers(made); }
 
 int tf_made_pack(const tf_made* made, void* packed, int threads) {

@@ -21,6 +21,7 @@
     X(workspace_destroy) \
     X(invert)            \
     X(pass)              \
+    X(invert_windows)    \
     X(made_numbers)      \
     X(made_pack)         \
     X(made_invert)       \

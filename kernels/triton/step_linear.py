@@ -94,7 +94,7 @@ def linear_kernel(
             total += centred
             squares += centred * centred
         rest = tl.sum(total, axis=0) / INPUTS
-        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / INPUTS - rest * rest + eps)
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS - rest * rest + eps)
 
     SPAN: tl.constexpr = (INPUTS // BLOCK_IN + SPLITS - 1) // SPLITS * BLOCK_IN
     acc = tl.zeros((BLOCK_OUT, BLOCK_M), tl.float32)
@@ -148,7 +148,7 @@ def normalize_kernel(h_ptr, weight_ptr, bias_ptr, out_ptr, eps, C: tl.constexpr,
     h = tl.load(h_ptr + at + c, mask=c < C, other=0.0)
     centred = tl.where(c < C, h - tl.sum(h, axis=0) / C, 0.0)
     centred = tl.where(c < C, centred - tl.sum(centred, axis=0) / C, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / C + eps)
     gain = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     shift = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(out_ptr + at + c, (centred * scale * gain + shift).to(out_ptr.dtype.element_ty), mask=c < C)

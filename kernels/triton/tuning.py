@@ -60,7 +60,8 @@ _KEY = {
     (128, 80): Tiles(64, 32, 4, 2),
     (16, 90): Tiles(64, 64, 4, 3),
     (32, 90): Tiles(64, 64, 4, 3),
-    (64, 90): Tiles(64, 64, 4, 2),
+    # Walking 64 at a time, the assembler has no registers left to keep products under way, and waits for each of them.
+    (64, 90): Tiles(64, 32, 4, 2),
     (128, 90): Tiles(128, 32, 8, 2),
 }
 # Tensor cores have no IEEE float32. A product is then a loop over registers, so the tiles are small.

@@ -10,7 +10,7 @@ The number of rows decides the following, and with it the order of sums and the 
     embed, tail        nothing: rows only decide how many programs there are
     linear             up to M = FEW one configuration serves all. Above it BLOCK_OUT and BLOCK_IN change, LayerNorm is
                        a kernel of its own, and SPLITS falls as ceil(M / BLOCK_M) grows
-    attention          SPLITS falls as R H grows, and is 1 from PROGRAMS programs on
+    attention          SPLITS falls as R H grows, and is 1 once RESIDENT programs are there
 
 One number of splits for all would leave memory channels idle where there is one image, or move many partial sums where
 there are many. So every launch function takes the number of rows (or queries) to be tuned for. A caller that solves a
@@ -21,6 +21,10 @@ import torch
 import triton
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200; an A100 has 108
+# From 48 programs on attention is split until there are so many, 4 a multiprocessor, because a program mostly waits for
+# its keys. Fewer programs have little to read in all, and more parts would cost them more than they hide. This is an
+# estimate, and was not measured.
+RESIDENT = 4 * PROGRAMS
 FEW = 16  # up to so many queries LayerNorm is cheaper in every program of the next layer than as a kernel of its own
 MAX_SPLITS = {"linear": 8, "attention": 16}  # the last program of a tile adds up so many parts at most
 
@@ -68,15 +72,26 @@ def embed(*, M, C, D, dtype):
     return {"BLOCK_OUT": min(32, triton.next_power_of_2(C)), "BLOCK_M": block_m, "BLOCK_IN": block_in}
 
 
-def attention(*, R, W, H, T, dtype):
-    """Tiles of cached attention. Keys are split where rows and heads alone cannot fill the machine."""
-    block_w = 1 if W == 1 else min(max(triton.next_power_of_2(W), 16), 64)
+def attention(*, R, W, H, T, dtype, apart=False):
+    """Tiles of cached attention. Keys are split where rows and heads alone cannot fill the machine.
+
+    apart: for the solver by windows. Larger tiles of queries would spill registers.
+    """
+    most = 64 if not apart else 16 if dtype == torch.float32 else 32
+    block_w = 1 if W == 1 else min(max(triton.next_power_of_2(W), 16), most)
     block_t = 32 if dtype == torch.float32 and W > 1 else 64
     programs = R * H * triton.cdiv(W, block_w)
-    splits = min(MAX_SPLITS["attention"], triton.cdiv(PROGRAMS, programs), triton.cdiv(T, block_t))
+    if programs < 48:
+        splits = min(MAX_SPLITS["attention"], triton.cdiv(PROGRAMS, programs), triton.cdiv(T, block_t))
+    else:  # at least two tiles a part
+        splits = max(min(RESIDENT // programs, T // (2 * block_t)), triton.cdiv(PROGRAMS, programs))
+        splits = min(splits, triton.cdiv(T, block_t))
     return {
         "ONE": W == 1,
+        # Of 64 keys and values of 64 numbers two tiles are under way in 16-bit storage and one in fp32: 32 KB each.
+        "STAGES": 2 if dtype == torch.float32 else 3,
         "SPLITS": splits,
+        "PARTS": triton.next_power_of_2(splits),
         "BLOCK_W": block_w,
         "BLOCK_T": block_t,
         "num_warps": 4,
@@ -84,12 +99,16 @@ def attention(*, R, W, H, T, dtype):
     }
 
 
-def tail(C, dtype):
-    """Tiles of the tail of a step. They are small, because D is 12 to 192 and nothing else runs meanwhile."""
+def tail(C, dtype, shallow=False):
+    """Tiles of the tail of a step. They are small, because D is 12 to 192 and nothing else runs meanwhile.
+
+    shallow: half as many inputs a tile. Under guidance four products are under way at once, and by windows a program
+    writes more; deeper tiles would spill registers on sm_80.
+    """
     return {
         "BLOCK_OUT": 16,
         "BLOCK_M": 16,
-        "BLOCK_IN": _divisor(C, 64 if dtype == torch.float32 else 128),
+        "BLOCK_IN": _divisor(C, 64 if dtype == torch.float32 or shallow else 128),
         "num_warps": 4,
         "num_stages": 3,
     }
@@ -100,11 +119,12 @@ def tail_tiles(C, D, dtype):
     return triton.cdiv(D, tail(C, dtype)["BLOCK_OUT"])
 
 
-def scratch(*, R, W, C, hidden, H, T, E, dtype, tuned_rows=None, outputs=0):
+def scratch(*, R, W, C, hidden, H, T, E, dtype, tuned_rows=None, outputs=0, apart=False):
     """Sizes of what the kernels of a step share: {name: (shape, "fp32" | "int32" | "storage")}.
 
     tuned_rows: number of rows whose configurations are launched; R by default.
     outputs: of proj_out, where it is a launch of its own; 0 where the tail of the step computes it.
+    apart: of `attention`.
     """
     R = max(R, 1)
     M, tuned_rows = R * W, max(tuned_rows or R, 1)
@@ -115,7 +135,7 @@ def scratch(*, R, W, C, hidden, H, T, E, dtype, tuned_rows=None, outputs=0):
         if config["SPLITS"] > 1:
             partials = max(partials, config["SPLITS"] * M * outputs)
             tiles = max(tiles, triton.cdiv(outputs, config["BLOCK_OUT"]) * triton.cdiv(M, config["BLOCK_M"]))
-    config = attention(R=tuned_rows, W=W, H=H, T=T, dtype=dtype)
+    config = attention(R=tuned_rows, W=W, H=H, T=T, dtype=dtype, apart=apart)
     sums = 0
     if config["SPLITS"] > 1:
         partials = max(partials, config["SPLITS"] * M * H * E)

@@ -1,4 +1,4 @@
-"""The command line tool: demo, train, sample, evaluate, info, verify. Loads torch only inside a command.
+"""The command line tool: one class a command. Loads torch only inside a command.
 
 Flags may be written with underscores or dashes. Exit codes: 0 done; 1 a check failed; 2 bad input; 130 interrupted.
 """
@@ -11,27 +11,30 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from tarflow_fast.cli.calibrate import Calibrate
+from tarflow_fast.cli.evaluate import Evaluate
+from tarflow_fast.cli.report import Report
 from tarflow_fast.cli.sample import Sample
+from tarflow_fast.cli.score import Score
 from tarflow_fast.cli.verify import Verify
 from tarflow_fast.training.config import TrainConfig, from_file
-
-if TYPE_CHECKING:
-    from tarflow_fast.flow import TokenFlow
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Draws 100 handwritten digits with the shipped flow, checks them against plain PyTorch, and times both."""
+    """Draws a picture with a shipped flow, checks its samples against plain PyTorch, and times both."""
 
     out: Path = Path("demo")
     """Folder for samples.png."""
+    flow: str | None = None
+    """fashion (28x28, the default), digits (8x8), another shipped flow, or a folder."""
     train: bool = False
-    """Train the flow afresh first (about two minutes on two cores) instead of loading the shipped one."""
+    """Train the digits afresh first (about two minutes on two cores)."""
     seed: int = 0
     """Of the noise, and of the training."""
     guidance: float = 1.0
@@ -42,94 +45,11 @@ class Demo:
     def run(self) -> int:
         from tarflow_fast.cli.demo import demo
 
-        report, ok = demo(self.out, train=self.train, seed=self.seed, guidance=self.guidance, repeats=self.repeats)
+        report, ok = demo(
+            self.out, flow=self.flow, train=self.train, seed=self.seed, guidance=self.guidance, repeats=self.repeats
+        )  # fmt: skip
         print(report)
         return 0 if ok else 1
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Measures a flow on data: bits per dimension of images (uniform dequantisation), log-likelihood of tokens."""
-
-    model: str = "digits"
-    """digits (the shipped flow), a folder, or a checkpoint file."""
-    dataset: str = "digits"
-    """As for train; of tokens a .npy file, or a .npz file with x (N, T, D) and, if any, labels y."""
-    data_root: Path | None = None
-    """As for train."""
-    strict: bool = False
-    """As for train."""
-    holdout: float = 0.0
-    """Measures on this share only, the one that `train --holdout` keeps away; 0: on the set's own test part, or all."""
-    unconditional: bool = False
-    """Does not tell the flow the labels."""
-    n_draws: int = 1
-    """Dequantisation draws an image."""
-    batch_size: int = 64
-    """Rows together."""
-    seed: int = 0
-    """Of the draws."""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
-    in_channels: Annotated[int | None, arg(aliases=["--channel_size"])] = None
-    """Of a checkpoint file's images: 3, or this."""
-    img_size: tuple[int, int] | None = None
-    """Height and width of a checkpoint file's images, where they are not square."""
-    head_size: int | None = None
-    """Of a checkpoint file over tokens, which its shapes do not tell: 64, or this."""
-    key: str | None = None
-    """The part of a checkpoint file that is the flow, where it holds several ("state_dict", "ema")."""
-
-    def run(self) -> int:
-        from tarflow_fast.data import ImageFiles, load_dataset
-        from tarflow_fast.evaluate import evaluate, histogram_bits
-        from tarflow_fast.flows import open_flow
-        from tarflow_fast.model import TarFlow
-        from tarflow_fast.validate import check_positive_int, find_device
-
-        check_positive_int("evaluate", "batch_size", self.batch_size)
-        device = find_device("evaluate", self.device)
-        model, record = open_flow(
-            self.model, device=device, in_channels=self.in_channels, img_size=self.img_size,
-            head_size=self.head_size, key=self.key,
-        )  # fmt: skip
-        if not isinstance(model, TarFlow):
-            return self._run_tokens(model)
-        whole = load_dataset(
-            self.dataset, model.config["img_size"], model.config["in_channels"], data_root=self.data_root,
-            strict=self.strict,
-        )  # fmt: skip
-        own = not self.holdout and whole.held_out is not None
-        known, part = whole.split(self.holdout) if self.holdout or own else (whole, whole)
-        bits = evaluate(
-            model, part, conditional=not self.unconditional, n_draws=self.n_draws, seed=self.seed,
-            batch_size=self.batch_size, progress=sys.stderr.isatty(),
-        )  # fmt: skip
-        trained = record.get("config", {})
-        if trained.get("dataset") == self.dataset and trained.get("holdout", 0.0) != self.holdout:
-            print(f"note: the flow was trained with --holdout {trained.get('holdout', 0.0):g} of these images")
-        which = f"held out {self.holdout:g}" if self.holdout else "held out" if own else "all"
-        print(f"{self.dataset}, {which}: {len(part)} images, {part.levels} levels")
-        print(f"bits/dim {bits.mean:.4f} +- {bits.standard_error:.4f} (standard error over images)")
-        if not isinstance(whole.images, ImageFiles):
-            print(f"a histogram a pixel: {histogram_bits(known, part):.4f}")
-        return 0
-
-    def _run_tokens(self, model: TokenFlow) -> int:
-        from tarflow_fast.evaluate import evaluate_tokens, load_tokens
-
-        for name, default in (("holdout", 0.0), ("n_draws", 1)):
-            if getattr(self, name) != default:
-                raise ValueError(f"evaluate: {name} is for images, and {self.model} is a flow over tokens")
-        x, y = load_tokens(self.dataset, (model.num_tokens, model.token_size))
-        y = None if self.unconditional or not model.num_classes else y
-        found = evaluate_tokens(model, x, y, batch_size=self.batch_size, progress=sys.stderr.isatty())
-        print(f"{self.dataset}: {len(x)} rows of {model.num_tokens} tokens of size {model.token_size}")
-        print(f"log-likelihood {found.mean:.4f} +- {found.standard_error:.4f} nats (standard error over rows)")
-        print(f"nats/dim {found.per_dim:.4f}")
-        if len(found.bad):
-            print(f"note: log p is not finite in {len(found.bad)} rows, the first is row {found.bad[0]}")
-        return 0
 
 
 @dataclass(frozen=True)
@@ -187,8 +107,11 @@ def _parse(args: list[str]) -> object:
         | Annotated[TrainConfig, subcommand("train", default=defaults)]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Score, subcommand("score")]
         | Annotated[Info, subcommand("info")]
         | Annotated[Verify, subcommand("verify")]
+        | Annotated[Calibrate, subcommand("calibrate")]
+        | Annotated[Report, subcommand("report")]
     )
     return tyro.cli(
         commands, prog="tarflow-fast", description="Exact normalizing flows (TarFlow), fast.", args=args,

@@ -49,6 +49,14 @@ class Sample:
     """Screen pixels a pixel; left out: at least 40 an image."""
     precision: Literal["fp32", "bf16", "int8"] | None = None
     """What the engine computes the samples in (int8: on CPUs); left out: that of dtype."""
+    solver: Literal["auto", "sequential", "windows"] = "auto"
+    """Tokens one after another, or many in a pass until each satisfies its equation; auto: as `calibrate` found."""
+    tolerance: float | None = None
+    """Of windows: how far a token may be from its equation; left out: 0.001. 0: not a bit."""
+    window: int | None = None
+    """Of windows: tokens in a pass; left out: 16."""
+    draft: Literal["bf16", "int8"] | None = None
+    """Of windows: a cheaper precision for first values; left out: they are guessed."""
     nonfinite: Literal["warn", "raise", "ignore"] = "warn"
     """What to do when an image overflows."""
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
@@ -101,7 +109,8 @@ class Sample:
         draw = {
             "guidance": self.guidance, "guide_what": self.guide_what, "attn_temp": self.attn_temp,
             "annealed_guidance": self.annealed_guidance, "seed": self.seed, "progress": sys.stderr.isatty(),
-            "nonfinite": self.nonfinite, "precision": self.precision,
+            "nonfinite": self.nonfinite, "precision": self.precision, "solver": self.solver,
+            "tolerance": self.tolerance, "window": self.window, "draft": self.draft,
         }  # fmt: skip
         if images and (self.save is None or self.save.suffix != ".npz"):
             x, drawn = model.sample(self.n, y, batch_size=self.batch_size, **draw), {}

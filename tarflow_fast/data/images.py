@@ -90,12 +90,9 @@ def side_by_side(panels: list[tuple[str, torch.Tensor]], gap: int = 16, caption:
 
     panels: (caption text, (height, width, 3) uint8) pairs.  gap: pixels between.  caption: height of the text line.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    try:
-        font = ImageFont.load_default(size=round(caption * 0.5))
-    except (TypeError, ImportError):  # Pillow before 10.1, or one built without FreeType: the small bitmap font
-        font = ImageFont.load_default()
+    font = load_font(round(caption * 0.5))
     width = sum(grid.shape[1] for _, grid in panels) + gap * (len(panels) + 1)
     height = max(grid.shape[0] for _, grid in panels) + caption + gap
     image = Image.new("RGB", (width, height), "white")
@@ -106,3 +103,13 @@ def side_by_side(panels: list[tuple[str, torch.Tensor]], gap: int = 16, caption:
         image.paste(Image.fromarray(grid.numpy()), (left, caption))
         left += grid.shape[1] + gap
     return image
+
+
+def load_font(size: int) -> object:
+    """Pillow's own font, letters about `size` pixels high."""
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size=size)
+    except (TypeError, ImportError):  # Pillow before 10.1, or one built without FreeType: the small bitmap font
+        return ImageFont.load_default()

@@ -54,6 +54,11 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, images=images, labels=labels, held_out=None)
 
+    def unlabelled(self) -> ImageSet:
+        """The same images without their classes."""
+        held_out = None if self.held_out is None else self.held_out.unlabelled()
+        return replace(self, labels=None, classes=(), held_out=held_out)
+
     def split(self, holdout: float) -> tuple[ImageSet, ImageSet]:
         """(training part, held-out part): round(holdout * N) images are held out, the same ones every time.
 

@@ -6,6 +6,7 @@ lies on the floor of the engines, since each of them reads it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +36,7 @@ class Call:
         nets: those of the model, by which messages number a block.
         frozen: of a frozen model: what is known of its nets, and their packed weights.
         where: the function called, for messages.
+        solving: the solver asked for (solvers/report.py); None: the default. An engine may prepare for it.
 
     Raises:
         TypeError, ValueError: an unknown precision, a memory_limit that is no positive int.
@@ -49,6 +51,7 @@ class Call:
         nets: Sequence[nn.Module] = (),
         frozen: FrozenNets | None = None,
         where: str = "reverse",
+        solving: Any = None,
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"{where}: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -56,6 +59,7 @@ class Call:
             memory_limit = check_positive_int(where, "memory_limit", memory_limit)
         self.backend, self.precision, self.differentiable = backend, precision, differentiable
         self.memory_limit, self.nets, self.frozen, self.where = memory_limit, nets, frozen, where
+        self.solving = solving
         self.told = False  # whether it was said that a block is left to PyTorch
         self._states: dict[str, Any] = {}
 
@@ -64,6 +68,12 @@ class Call:
         if engine not in self._states:
             self._states[engine] = make()
         return self._states[engine]
+
+    def at(self, precision: str) -> Call:
+        """The same call in another precision; it shares what the engines keep, so it is over when this one is."""
+        other = copy.copy(self)
+        other.precision = precision
+        return other
 
     def __enter__(self) -> Call:
         return self
@@ -76,7 +86,12 @@ class Call:
 
     def name_of(self, net: nn.Module) -> str:
         """What a message calls the block of this net."""
-        return next((f"block {number}" for number, each in enumerate(self.nets) if each is net), "a block")
+        number = self.number_of(net)
+        return "a block" if number < 0 else f"block {number}"
+
+    def number_of(self, net: nn.Module) -> int:
+        """The number of the block of this net; -1 for a net that is not the model's."""
+        return next((number for number, each in enumerate(self.nets) if each is net), -1)
 
 
 def torch_precision(net: nn.Module, tokens: Tensor) -> str:

@@ -19,7 +19,19 @@ from torch import Tensor, nn
 
 from tarflow_fast import native
 from tarflow_fast.engines.call import Call, torch_precision
-from tarflow_fast.engines.cpu_native import BAD_LABEL, SPLITS, Plan, Sizes, Workspace, run_pass, why_not_weights
+from tarflow_fast.engines.cpu_native import (
+    BAD_LABEL,
+    SECONDS,
+    SPLITS,
+    TRANSFORM_CODES,
+    InversionArguments,
+    Plan,
+    Sizes,
+    Workspace,
+    run_pass,
+    why_not_weights,
+)
+from tarflow_fast.engines.cpu_steps import CALL_TOKENS, CpuSteps
 from tarflow_fast.engines.frozen import FrozenNets
 from tarflow_fast.engines.memory import available_memory, rows_within
 from tarflow_fast.engines.weights import Weights, inspect
@@ -28,24 +40,14 @@ from tarflow_fast.transforms import Bijection, Guidance
 
 __all__ = ["CpuEngine", "CpuPasses", "Engine"]
 
-SECONDS = 0.03  # a native call returns after about this long
 CACHE = 16 << 20  # bytes of a shared last-level cache to count on
 ROWS = 8  # fewer rows than this at a time waste the reads of the weights
 MOST_ROWS = 256  # more would only lengthen what Ctrl-C waits for: 2048 rows of a layer of C 1024 take 480 ms
-PASS_ROWS, MIN_PASS_ROWS = 512, 32  # tokens of all rows in a pass over known tokens
-PASS_FLOPS = 5e9  # of such a pass at most: a tenth of a second at 50 GFLOP/s, since Ctrl-C waits for it
+PASS_ROWS, MIN_PASS_ROWS = 4096, 32  # tokens of all rows that are worked on together
+PASS_FLOPS = (
+    5e9  # of a native call over several tokens at most: a tenth of a second at 50 GFLOP/s, since Ctrl-C waits for it
+)
 PARTS = ("proj_in", "qkv", "attention", "proj", "fc1", "fc2", "proj_out", "update", "wait")  # enum tf_part
-
-
-class _Inversion(ctypes.Structure):
-    """struct tf_inversion."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "labels", "query_scale", "guidance")),
-        *((name, ctypes.c_void_p) for name in ("order", "clock")),
-        ("batch", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("guided_parts", "annealed", "split")),
-    ]
 
 
 class Engine:
@@ -131,12 +133,12 @@ class Engine:
                 parts = [(None if part is None else part[begin * per :], per) for part, per in parts]
             pointers = [native.pointer(part) for part, _ in parts]
             pointers += [native.pointer(order), native.pointer(self.clock)]
-            job = _Inversion(*pointers, end - begin, guided_parts, guidance.annealed, self.split)
+            job = InversionArguments(*pointers, end - begin, guided_parts, guidance.annealed, self.split)
             self._run(job, on_token, number, groups, threads)
         return x.to(z.dtype), log_det.to(torch.float32)
 
     def _run(
-        self, job: _Inversion, on_token: Callable[[], None] | None, number: int, groups: int, threads: int
+        self, job: InversionArguments, on_token: Callable[[], None] | None, number: int, groups: int, threads: int
     ) -> None:
         plan, tokens, stages = self._plan, self._plan.sizes.tokens - 1, self._plan.sizes.layers + 2
         stage, told = ctypes.c_int64(0), tokens * number // groups  # of a block's tokens, over all groups
@@ -160,30 +162,48 @@ class Engine:
         self._take_plan(bijection.net, Sizes.of(weights, bijection.transform, self.precision), weights)
         return self._plan
 
+    def call_tokens(self, sizes: Sizes) -> int:
+        """How many tokens of all rows a native call takes at most, for Ctrl-C."""
+        most = min(CALL_TOKENS, PASS_ROWS, int(PASS_FLOPS / (24 * sizes.channels**2 * sizes.layers)))
+        return max(MIN_PASS_ROWS, most)
+
     def tile(self, sizes: Sizes, B: int) -> tuple[int, int]:
-        """Rows and tokens of a pass over known tokens: PASS_ROWS of them, whole sequences where that is enough."""
-        most = max(MIN_PASS_ROWS, min(PASS_ROWS, int(PASS_FLOPS / (24 * sizes.channels**2 * sizes.layers))))
+        """Rows and tokens of a pass over known tokens: whole sequences where `call_tokens` is enough."""
+        most = self.call_tokens(sizes)
         window = min(max(sizes.tokens - 1, 1), most)
-        rows = min(B, max(1, most // window))
-        rows = rows_within(
+        return self._rows_within(sizes, min(B, max(1, most // window)), window, 1), window
+
+    def rows_by_windows(self, sizes: Sizes, B: int, window: int, share: int) -> int:
+        """Rows to solve together by windows. Rows that are done leave the passes, so one part takes less than two.
+
+        share: engine rows of one of the batch, 2 under guidance.
+        """
+        return self._rows_within(sizes, min(B, max(1, PASS_ROWS // (window * share))), window, share)
+
+    def _rows_within(self, sizes: Sizes, rows: int, window: int, share: int) -> int:
+        return rows_within(
             rows,
-            lambda rows: Plan.bytes_of(sizes) + Workspace.bytes_of(sizes, rows, window),
+            lambda rows: Plan.bytes_of(sizes) + Workspace.bytes_of(sizes, rows * share, window),
             self.memory_limit,
             lambda: available_memory(0 if self._workspace is None else self._workspace.bytes),
-            lambda: f"plans {Plan.bytes_of(sizes):,}, workspace {Workspace.bytes_of(sizes, 1, window):,}",
+            lambda: f"plans {Plan.bytes_of(sizes):,}, workspace {Workspace.bytes_of(sizes, share, window):,}",
         )
-        return rows, window
+
+    def workspace_for(self, sizes: Sizes, rows: int, window: int) -> Workspace:
+        """A workspace with room for passes of so many engine rows; the one there is, where that is enough."""
+        space, threads = self._workspace, native.threads()
+        fits = space is not None and space.sizes.key() == sizes.key() and space.rows >= rows
+        if not fits or space.window < window or space.threads < threads:
+            self._workspace = self._prepared = None
+            self._workspace = space = Workspace.of(sizes, rows, window, threads)
+        return space
 
     def run(
         self, plan: Plan, bijection: Bijection, tokens: Tensor, position: int, y: Tensor | None, guidance: Guidance
     ) -> Tensor:
         """`CpuPasses.run`, with a workspace that fits."""
         share, (B, W, _) = 2 if guidance.active else 1, tokens.shape
-        space, threads = self._workspace, native.threads()
-        fits = space is not None and space.sizes.key() == plan.sizes.key() and space.rows >= B * share
-        if not fits or space.window < W or space.threads < threads:
-            self._workspace = self._prepared = None
-            self._workspace = space = Workspace.of(plan.sizes, B * share, W, threads)
+        space = self.workspace_for(plan.sizes, B * share, W)
         scale = guidance.query_scale(B, tokens)
         if scale is not None:  # of conditional and unguided rows side by side
             scale = scale.flatten().view(2, B).T.contiguous()
@@ -264,6 +284,18 @@ class CpuPasses:
         """How many rows and how many tokens of a batch of B a pass over known tokens should take."""
         return self.engine.tile(Sizes.of(self.weights, self.bijection.transform, self.engine.precision), B)
 
+    def rows_for(self, B: int, window: int) -> int:
+        """How many rows of a batch of B to solve together by windows."""
+        sizes = Sizes.of(self.weights, self.bijection.transform, self.engine.precision)
+        return self.engine.rows_by_windows(sizes, B, window, 2 if self.guidance.active else 1) if B else 0
+
+    def steps(self, rows: slice, B: int, window: int) -> CpuSteps:
+        """Passes by windows of these B rows of the batch."""
+        y = None if self.y is None else self.y[rows]
+        plan = self.engine.plan_for(self.bijection, self.weights)
+        space = self.engine.workspace_for(plan.sizes, B * (2 if self.guidance.active else 1), window)
+        return CpuSteps(plan, space, self.bijection, y, B, self.guidance, self.engine.call_tokens(plan.sizes))
+
     def run(self, tokens: Tensor, position: int, rows: slice = slice(None)) -> Tensor:
         """The net on W tokens a row, which follow those it saw before.
 
@@ -288,6 +320,8 @@ class CpuEngine:
         return cpu_refuses(device, dtype)
 
     def why_not(self, bijection: Bijection, weights: Weights, z: Tensor, call: Call) -> str:
+        if bijection.transform.name not in TRANSFORM_CODES:
+            return f"it has no transform {bijection.transform.name!r}"
         return why_not_weights(weights)
 
     def open(

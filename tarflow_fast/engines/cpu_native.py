@@ -8,25 +8,37 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tarflow_fast import native
 from tarflow_fast.engines.weights import Weights
-from tarflow_fast.transforms import TRANSFORMS, Affine, Shift
+from tarflow_fast.transforms import Transform
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PRECISIONS", "SPLITS", "Plan", "Sizes", "Workspace", "run_pass", "why_not_weights"]
+__all__ = [
+    "PRECISIONS",
+    "SECONDS",
+    "SPLITS",
+    "Following",
+    "InversionArguments",
+    "Plan",
+    "Sizes",
+    "Workspace",
+    "run_pass",
+]
+__all__ += ["why_not_weights"]
 
 EPS = 1e-5
 HEAD_SIZES = range(16, 129)
 PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}  # enum tf_precision
 TRANSFORM_CODES = {"shift": 0, "affine": 1}  # enum tf_transform
-TRANSFORM_PARTS = {code: len(TRANSFORMS[name].parts) for name, code in TRANSFORM_CODES.items()}
+TRANSFORM_PARTS = {0: 1, 1: 2}
+SECONDS = 0.03  # a native call returns after about this long
 SPLITS = {"auto": 0, "columns": 1, "rows": 2}  # enum tf_split
 BAD_SIZE, NOT_FINITE, BAD_LABEL = 5, 6, 7  # enum tf_status
 
@@ -54,7 +66,7 @@ class Sizes(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, weights: Weights, transform: Affine | Shift, precision: str) -> Sizes:
+    def of(cls, weights: Weights, transform: Transform, precision: str) -> Sizes:
         (T, C), D, L = weights.pos_embed.shape, weights.token_size, len(weights.layers)
         classes = 0 if weights.class_embed is None else len(weights.class_embed)
         kind = TRANSFORM_CODES[transform.name], PRECISIONS[precision]
@@ -211,28 +223,55 @@ class Workspace(_Native):
         self._made(status, handle)
 
 
+class InversionArguments(ctypes.Structure):
+    """struct tf_inversion."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "labels", "query_scale", "guidance")),
+        *((name, ctypes.c_void_p) for name in ("order", "clock")),
+        ("batch", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("guided_parts", "annealed", "split")),
+    ]
+
+
 class _Pass(ctypes.Structure):
     """struct tf_pass_arguments."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("tokens", "labels", "query_scale", "order", "ab")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "labels", "query_scale", "order", "ab", "positions", "slots")),
+        *((name, ctypes.c_void_p) for name in ("z", "x", "log_det", "guidance")),
         *((name, ctypes.c_int64) for name in ("rows", "window", "position")),
-        *((name, ctypes.c_int32) for name in ("guided", "split")),
+        *((name, ctypes.c_int32) for name in ("guided", "split", "guided_parts", "annealed")),
     ]
+
+
+class Following(NamedTuple):
+    """The tokens that follow those of a pass, to be found as `tf_invert` finds them, with the same bits.
+
+    z: as `tokens`, float32: the noise of each.  strength: (rows of tokens,) float32 weights of guidance, or None.
+    guided_parts: bit p for part p of the parameters.  annealed: whether guidance grows over the tokens.
+    """
+
+    z: Tensor
+    strength: Tensor | None = None
+    guided_parts: int = 0
+    annealed: bool = False
 
 
 def run_pass(
     plan: Plan,
     workspace: Workspace,
     tokens: Tensor,
-    position: int,
+    position: int | Tensor,
     *,
     labels: Tensor | None = None,
     query_scale: Tensor | None = None,
     guided: bool = False,
     order: Tensor | None = None,
     split: str = "auto",
-) -> Tensor:
+    slots: Tensor | None = None,
+    following: Following | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """One pass of the net over W tokens a row, from `position` on in net order; their keys and values go to the cache.
 
     The cache must hold the tokens before `position`; a later pass may overwrite these. How tokens are cut into passes
@@ -240,12 +279,17 @@ def run_pass(
 
     Args:
         tokens: (R, W, D) float32, or with guided (R / 2, W, D), each row for two rows of the pass.
+        position: of the first token of all rows, or (rows of tokens,) int64, of each.
         labels: int64, one for each row of `tokens`, negative for none; None: no labels.
         query_scale: (R,) float32, 1 over the temperature of the row's attention; None for 1.
         order: (T,) int32, the row of pos_embed of each token of net order, all tokens of the block; None: as they are.
+        slots: (rows of tokens,) int64, ascending: the row of the cache in which each row is kept; None: in their order.
+        following: find the tokens that follow as well.
 
     Returns:
-        (R, W, 2D) float32, a then b (volume preserving: (R, W, D), b alone).
+        (R, W, 2D) float32, a then b (volume preserving: (R, W, D), b alone); with `following` a triple of that, the
+        tokens as z, and of each log |dx/dz| (rows of tokens, W), float64. With `following` and guided, every second
+        row, from the first on, holds guided parameters.
 
     Raises:
         ValueError: sizes, labels or order do not fit the plan or the workspace.
@@ -256,21 +300,34 @@ def run_pass(
         raise ValueError(f"run_pass: order must be ({T},) of torch.int32 on cpu, got {got}")
     share = 2 if guided else 1
     R, W, D = tokens.size(0) * share, tokens.size(1), tokens.size(2)
+    own = isinstance(position, Tensor)
+    z, strength, guided_parts, annealed = following or (None, None, 0, False)
+    if z is not None and (z.shape != tokens.shape or z.dtype != tokens.dtype or (strength is None) == guided):
+        raise ValueError("run_pass: following must hold noise like tokens, and a strength where the pass is guided")
     inputs = [None if tensor is None else tensor.contiguous() for tensor in (tokens, labels, query_scale, order)]
     ab = tokens.new_empty(R, W, D * TRANSFORM_PARTS[plan.sizes.transform])
-    pointers = [native.pointer(tensor) for tensor in (*inputs, ab)]
-    arguments = _Pass(*pointers, R, W, position, guided, SPLITS[split])
+    x = None if z is None else torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    log_det = None if z is None else tokens.new_empty(tokens.shape[:2], dtype=torch.float64)
+    places = [None if each is None else each.contiguous() for each in (position if own else None, slots)]
+    for name, each in zip(("position", "slots"), places, strict=True):
+        if each is not None and (each.shape != tokens.shape[:1] or each.dtype != torch.int64):
+            got = f"{tuple(each.shape)} of {each.dtype}"
+            raise ValueError(f"run_pass: {name} must be ({len(tokens)},) of torch.int64, got {got}")
+    z, strength = (None if each is None else each.contiguous() for each in (z, strength))
+    pointers = [native.pointer(tensor) for tensor in (*inputs, ab, *places, z, x, log_det, strength)]
+    arguments = _Pass(*pointers, R, W, 0 if own else position, guided, SPLITS[split], guided_parts, annealed)
     status = plan.library.tf_pass(plan.handle, workspace.handle, ctypes.byref(arguments), native.threads())
     if status == BAD_SIZE and order is not None and not 0 <= int(order.min()) <= int(order.max()) < T:
         raise ValueError(
             f"run_pass: order must hold places from 0 to {T - 1}, got {int(order.min())} to {int(order.max())}"
         )
     if status == BAD_SIZE:
+        where = position.tolist() if own else position
         raise ValueError(
-            f"run_pass: {R} rows of {W} tokens from {position} on do not fit a workspace of {workspace.rows} rows of "
+            f"run_pass: {R} rows of {W} tokens from {where} on do not fit a workspace of {workspace.rows} rows of "
             f"{workspace.window} and {T} tokens, or plan and workspace are of different sizes"
         )
     if status == BAD_LABEL:
         raise ValueError(f"run_pass: labels must be below {plan.sizes.classes}")
     native.check(status, "run_pass")
-    return ab
+    return ab if following is None else (ab, x, log_det)

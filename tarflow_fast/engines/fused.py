@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tarflow_fast.engines.weights import BACKWARD_HOOKS, FORWARD_HOOKS, LAYER, inspect_layer
 from tarflow_fast.net import AttentionBlock
@@ -26,13 +27,19 @@ __all__ = ["fused_layer", "fused_layers", "fused_wanted", "takes_fused_layer", "
 HOOKS = FORWARD_HOOKS + BACKWARD_HOOKS  # the modules' backward passes are left out, too
 
 
-def fused_layers(layers: Iterable[nn.Module], h: Tensor, backend: str) -> Tensor:
-    """All layers of a net, each by its modules or by the fused ops. h, result: (B, T, C)."""
+def fused_layers(layers: Iterable[nn.Module], h: Tensor, backend: str, recompute: bool = False) -> Tensor:
+    """All layers of a net, each by its modules or by the fused ops. h, result: (B, T, C).
+
+    recompute: where gradients are recorded, keep the input of each layer alone, and compute the layer again in the
+    backward pass: less memory, for the time of one more forward pass.
+    """
     for layer in layers:
-        if takes_fused_layer(layer, h, backend):
-            h = layer(h, partial(fused_layer, backend=backend))
+        inner = (partial(fused_layer, backend=backend),) if takes_fused_layer(layer, h, backend) else ()
+        if recompute and torch.is_grad_enabled():
+            # Modules may draw (dropout, noise in a hook), and are to draw the same twice. The fused ops draw nothing.
+            h = checkpoint(layer, h, *inner, use_reentrant=False, preserve_rng_state=not inner)
         else:
-            h = layer(h)
+            h = layer(h, *inner)
     return h
 
 

@@ -102,9 +102,10 @@ def open_passes(
 
     Raises:
         RuntimeError: a backend or a precision asked for by name cannot run; the reason is named.
-        ValueError: z or y of the wrong shape, y of the wrong dtype or device.
+        ValueError: z or y of the wrong shape, y of the wrong dtype or device; guidance of a transform without a rule.
     """
     _check(bijection, z, y)
+    guidance.check(bijection.transform)
     path = find_path(bijection, z, call) if path is None else path
     if path.engine == "triton":
         try:

@@ -47,12 +47,13 @@ class TorchPasses:
         self._pos_embed, self._wide = order.take(net.pos_embed, 0), wide_dtype(z)
 
     def run(self, tokens: Tensor, position: int) -> Tensor:
-        """The net on W tokens a row, which follow those it saw before.
+        """The net on W tokens a row, which follow those it saw before; a later pass may overwrite these.
 
         tokens: (B, W, D) of net order.  position: of the first of them.  Returns (B, W, P D), guided, float32 or wider.
         """
         net, transform, _ = self.bijection
         W = tokens.size(1)
+        self._cache.rewind(position)
         rows = torch.cat([tokens, tokens]) if self.guidance.active else tokens
         h = net.embed(rows, self._pos_embed[position : position + W], self._classes)
         for number, layer in enumerate(net.attn_blocks):

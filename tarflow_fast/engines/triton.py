@@ -1,11 +1,13 @@
 """The engine of GPUs: a block is inverted by fused Triton kernels under one CUDA graph (engines/triton_graph.py).
 
-`solve` replays the graph. `run` launches the same kernels one by one, on tokens that its caller gives.
+`solve` replays the graph. `steps` gives the loop by windows (engines/triton_windows.py). `run` launches the kernels one
+by one, on tokens that its caller gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from tarflow_fast.engines.call import Call
 from tarflow_fast.engines.memory import available_memory, rows_within
 from tarflow_fast.engines.triton_graph import GraphWorkspace
+from tarflow_fast.engines.triton_windows import TritonSteps, WindowWorkspace
 from tarflow_fast.engines.weights import Weights, inspect
 from tarflow_fast.ops.registry import triton_missing, triton_refuses
 from tarflow_fast.transforms import Bijection, Guidance
@@ -33,7 +36,10 @@ def storage_dtype(z: Tensor, precision: str | None = None) -> torch.dtype:
 
 
 class TritonPasses:
-    """The kernels on one block and one batch, prepared: compiled, and their graph captured."""
+    """The kernels on one block and one batch, prepared: compiled, and their graph captured.
+
+    workspace: of the sequential solver or, where that was asked for, of the one by windows.
+    """
 
     def __init__(
         self,
@@ -46,6 +52,21 @@ class TritonPasses:
         self.workspace, self.bijection, self.y, self.guidance, self.weights = workspace, bijection, y, guidance, weights
         self._batch, self._dtype = workspace.key[0], workspace.dtype
         self._space: GraphWorkspace | None = None
+        self._loaded = False  # whether the workspace of windows has this block's weights
+
+    def rows_for(self, B: int, window: int) -> int:
+        """How many rows of a batch of B are solved together by windows."""
+        return self.workspace.B
+
+    def steps(self, rows: slice, B: int, window: int) -> TritonSteps:
+        """Passes by windows of these B rows of the batch."""
+        space = self.workspace if isinstance(self.workspace, WindowWorkspace) else None
+        if space is None and self.bijection.net.num_tokens > 1:
+            raise RuntimeError("steps: these passes were not opened for the solver by windows")
+        if space is not None and not self._loaded:
+            space.load_weights(self.weights)
+            self._loaded = True
+        return TritonSteps(space, self.bijection, None if self.y is None else self.y[rows], self.guidance)
 
     def solve(self, z: Tensor, on_token: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
         return invert_graph(self.bijection, z, self.y, self.guidance, self.workspace, on_token, self.weights)
@@ -103,6 +124,8 @@ class TritonEngine:
         return triton_refuses(device, dtype)
 
     def why_not(self, bijection: Bijection, weights: Weights, z: Tensor, call: Call) -> str:
+        if bijection.transform.name not in ("affine", "shift"):
+            return f"it has no kernel for the transform {bijection.transform.name!r}"
         if call.precision not in (None, "fp32", "bf16"):
             return f"it has no precision {call.precision!r}"
         dtype = storage_dtype(z, call.precision)
@@ -121,26 +144,38 @@ class TritonEngine:
         self, bijection: Bijection, z: Tensor, y: Tensor | None, guidance: Guidance, call: Call, weights: Weights
     ) -> TritonPasses:
         state = call.state(self.name, _State)
-        state.workspace = prepare_graph(weights, z, guidance, state.workspace, call.precision, call.memory_limit)
+        solving, windows = call.solving, None
+        if solving is not None and solving.solver == "windows" and z.numel() and z.size(1) > 1:
+            windows = min(solving.way.window, z.size(1) - 1), solving.tolerance
+        state.workspace = prepare_graph(
+            weights, z, guidance, state.workspace, call.precision, call.memory_limit, windows
+        )
         return TritonPasses(state.workspace, bijection, y, guidance, weights)
 
 
 def rows_together(
-    weights: Weights, B: int, guided: bool, dtype: torch.dtype, memory_limit: int | None = None
+    weights: Weights,
+    B: int,
+    guided: bool,
+    dtype: torch.dtype,
+    memory_limit: int | None = None,
+    windows: tuple[int, float] | None = None,
 ) -> tuple[int, int]:
     """How many rows of a batch of B fit `memory_limit` bytes together, and the bytes their workspace takes.
 
-    None: most of what the device has left. Parts are of one size, so that one graph serves them all.
+    None: most of what the device has left. Parts are of one size, so that one graph serves them all. windows: as in
+    `prepare_graph`.
 
     Raises:
         MemoryError: one row alone is over the limit; the bytes are named.
     """
+    make = _workspaces(windows)
 
     def bytes_of(rows: int) -> int:
-        return GraphWorkspace(weights, rows, guided, dtype, batch=B, device="meta").nbytes
+        return make(weights, rows, guided, dtype, batch=B, device="meta").nbytes
 
     def parts() -> str:
-        one = GraphWorkspace(weights, 1, guided, dtype, batch=B, device="meta")
+        one = make(weights, 1, guided, dtype, batch=B, device="meta")
         of_weights = sum(tensor.nbytes for tensor in one.weights.values())
         return f"weights {of_weights:,}, workspace {one.nbytes - of_weights:,}"
 
@@ -148,6 +183,13 @@ def rows_together(
     fits = rows_within(B, bytes_of, memory_limit, lambda: device_memory_left(device), parts)
     rows = -(-B // -(-B // fits))  # as many parts as that takes, of one size
     return rows, bytes_of(rows)
+
+
+def _workspaces(windows: tuple[int, float] | None) -> Callable[..., GraphWorkspace]:
+    """What makes a workspace of the sequential solver, or of the one by windows: (W, tolerance)."""
+    if windows is None:
+        return GraphWorkspace
+    return partial(WindowWorkspace, window=windows[0], tolerance=windows[1])
 
 
 def device_memory_left(device: torch.device) -> int | None:
@@ -165,22 +207,24 @@ def prepare_graph(
     workspace: GraphWorkspace | None = None,
     precision: str | None = None,
     memory_limit: int | None = None,
+    windows: tuple[int, float] | None = None,
 ) -> GraphWorkspace:
     """A workspace for this call: the one given if it fits, else a new one, its kernels compiled and its graph captured.
 
-    One given that does not fit is released, since both may not fit the device.
+    One given that does not fit is released, since both may not fit the device. windows: None for one token after
+    another, or W and the tolerance.
 
     Raises:
         MemoryError: one row alone needs more than `memory_limit` (`rows_together`).
         Whatever Triton's compiler, the driver or the allocator raise.
     """
     B, dtype = z.size(0), storage_dtype(z, precision)
-    key = GraphWorkspace.describe(weights, B, guidance.active, dtype)
+    key = (*GraphWorkspace.describe(weights, B, guidance.active, dtype), *(windows or ()))
     if workspace is None or workspace.key != key:
         if workspace is not None:
             workspace.release()
-        group = rows_together(weights, B, guidance.active, dtype, memory_limit)[0] if B > 0 else 0
-        workspace = GraphWorkspace(weights, group, guidance.active, dtype, batch=B)
+        group = rows_together(weights, B, guidance.active, dtype, memory_limit, windows)[0] if B > 0 else 0
+        workspace = _workspaces(windows)(weights, group, guidance.active, dtype, batch=B)
         if B > 0:
             with torch.autocast(z.device.type, enabled=False), torch.no_grad():
                 workspace.prepare()

@@ -54,6 +54,8 @@ class GraphWorkspace:
             nothing for the last place, whose parameters condition no token, but a pass gives those of every token.
     """
 
+    apart = False  # whether a token that is not finite touches none of its row before it
+
     def __init__(
         self,
         weights: Weights,
@@ -113,7 +115,17 @@ class GraphWorkspace:
         self.scratch = {
             name: torch.zeros(size, dtype=kinds[kind], device=device)
             for name, (size, kind) in tuning_step.scratch(
-                R=R, W=W, C=C, hidden=hidden, H=H, T=T, E=E, dtype=dtype, tuned_rows=self.tuned_rows, outputs=outputs
+                R=R,
+                W=W,
+                C=C,
+                hidden=hidden,
+                H=H,
+                T=T,
+                E=E,
+                dtype=dtype,
+                tuned_rows=self.tuned_rows,
+                outputs=outputs,
+                apart=self.apart,
             ).items()
         }
 
@@ -182,12 +194,17 @@ class GraphWorkspace:
 
     def step(self) -> None:
         """Launch one pass: the kernels of a step in order, on the current stream."""
+        self.net()
+        self.tail()
+
+    def tail(self, **buffers: Tensor) -> None:
+        """The kernel from h to the tokens; to those `buffers` of `affine_inverse` where they are given."""
         from tarflow_fast.kernels.triton.affine_inverse import affine_inverse
 
-        self.net()
         affine_inverse(
             h=self.h, weight=self.weights["proj_out.weight"], bias=self.weights["proj_out.bias"], z=self.z, x=self.x,
             sums=self.sums, starts=self.starts, order=self.order, guidance=self.guidance, W=self.W, guided=self.guided,
+            **buffers,
         )  # fmt: skip
 
     def net(self) -> None:
@@ -214,7 +231,7 @@ class GraphWorkspace:
             linear(h, *pair("attention.qkv"), out=self.queries, epilogue="append", norm=norm1, append=append, **common)
             cached_attention(
                 self.queries, cache, scale=self.scale, starts=self.starts, out=self.heads, scratch=scratch, W=W,
-                tuned_rows=rows,
+                tuned_rows=rows, apart=self.apart,
             )  # fmt: skip
             linear(self.heads, *pair("attention.proj"), out=h, epilogue="residual", **common)
             linear(h, *pair("mlp.main.0"), out=self.hidden, epilogue="gelu", norm=norm2, **common)

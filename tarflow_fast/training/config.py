@@ -18,9 +18,9 @@ DIGITS: dict[str, Any] = dict(
     log_every=20, checkpoint_every=400, sample_every=400, eval_every=400,
 )  # fmt: skip
 FASHION: dict[str, Any] = dict(
-    img_size=28, in_channels=1, patch_size=4, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.1,
-    drop_label=0.1, batch_size=128, epochs=10.0, lr=1e-3, schedule="onecycle", warmup=0.1, ema=0.998,
-    log_every=20, checkpoint_every=500, sample_every=500, eval_every=500,
+    img_size=28, in_channels=1, patch_size=4, channels=128, num_blocks=4, layers_per_block=4, noise_std=0.1,
+    drop_label=0.1, batch_size=64, epochs=10.0, lr=1e-3, schedule="onecycle", warmup=0.05, ema=0.999,
+    log_every=50, checkpoint_every=500, sample_every=1000, eval_every=1000,
 )  # fmt: skip
 PHOTOGRAPHS: dict[str, Any] = dict(
     img_size=32, in_channels=3, patch_size=4, channels=128, num_blocks=4, layers_per_block=2, noise_std=0.05,
@@ -41,11 +41,24 @@ COUNTS = (
 
 # A run can only be continued with the same of these: they shape the tensors, or decide what a sample is.
 FIXED = (
-    "dataset", "holdout", "img_size", "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "nvp",
-    "noise_type", "noise_std", "drop_label", "flip", "batch_size", "seed",
+    "dataset", "classes", "holdout", "img_size", "in_channels", "patch_size", "channels", "num_blocks",
+    "layers_per_block", "nvp", "transform", "noise_type", "dequantize", "noise_std", "drop_label", "flip",
+    "batch_size", "seed",
 )  # fmt: skip
 # These say where and how a run is carried out; they are no part of what it computes.
-ELSEWHERE = ("data_root", "strict", "curve", "out", "resume", "stop_at", "dry_run", "device", "progress", "config")
+ELSEWHERE = (
+    "data_root",
+    "strict",
+    "curve",
+    "tensorboard",
+    "out",
+    "resume",
+    "stop_at",
+    "dry_run",
+    "device",
+    "progress",
+    "config",
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,13 @@ class TrainConfig:
     out: Path | None = None
     """Folder of the run: model/ (the flow), best/, checkpoint.safetensors, metrics.jsonl, samples/, curve.png. Else
     runs/<data set>."""
+    start: str | None = None
+    """A flow to go on from, with its shape and a fresh optimizer: digits, a run's folder, a checkpoint file."""
     config: Path | None = None
     """A .toml or .json file with values for these fields (a run's train.json serves); the command line wins."""
+
+    classes: bool = True
+    """The flow is told the classes that the data has; --no_classes leaves them out."""
 
     img_size: int | tuple[int, int] | None = None
     """Images are cropped and resized to this: pixels a side, or height and width."""
@@ -79,9 +97,15 @@ class TrainConfig:
     """Attention layers in each flow block."""
     nvp: bool = True
     """Scale and shift; --no_nvp shifts only and learns the prior's variance."""
+    transform: str | None = None
+    """What a block does to a token: affine, shift, logistic_mixture or spline. spline:16 has 16 bins, and
+    logistic_mixture:4 has 4 logistics; else 8. Left out, --nvp tells it. docs/transforms.md has the formulas."""
 
-    noise_type: Literal["gaussian", "uniform"] = "gaussian"
-    """gaussian: noise_std is added to images in [-1, 1]. uniform: dequantisation; bits/dim is reported."""
+    noise_type: Literal["gaussian", "uniform"] | None = None
+    """gaussian: noise_std is added to images in [-1, 1]. uniform: dequantisation; bits/dim is reported. Left out:
+    gaussian, or uniform where dequantize is given."""
+    dequantize: Literal["uniform", "variational"] | None = None
+    """Of noise_type uniform. variational: a small flow that sees the image learns the noise, and is saved in model/."""
     noise_std: float | None = None
     """Standard deviation of the Gaussian noise, for images in [-1, 1]."""
     drop_label: float | None = None
@@ -96,6 +120,8 @@ class TrainConfig:
     """Images a step, over all processes."""
     accumulate: int = 1
     """Parts a process cuts its share of the batch into, one backward each."""
+    recompute: bool = False
+    """Layers are computed again in the backward pass instead of kept: less memory, about a third more time."""
     epochs: float | None = None
     """Passes over the data."""
     lr: float | None = None
@@ -135,6 +161,8 @@ class TrainConfig:
     """Steps between measurements on held-out images (bits/dim; best/ keeps the best flow); 0: none are made."""
     eval_images: int = 1000
     """Measures on at most this many held-out images; 0: on all of them."""
+    tensorboard: bool = False
+    """Writes the same numbers and the grids of samples for TensorBoard, in tensorboard/."""
     curve: bool = True
     """Draws curve.png (loss, bits/dim) with the samples, where matplotlib is installed."""
     sample_guidance: Annotated[float, arg(aliases=["--cfg"])] = 1.0
@@ -162,7 +190,13 @@ class TrainConfig:
         unsized: the size of the images is not known yet, and patch_size is not held against it.
         """
         defaults = DEFAULTS.get(self.dataset, FOLDER)
+        defaults = defaults | {"noise_type": "gaussian" if self.dequantize is None else "uniform"}
         full = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        if isinstance(full.transform, str):
+            from tarflow_fast.transforms import settle_transform  # here, because it imports torch
+
+            transform, nvp = settle_transform("train", full.transform, full.nvp)
+            full = replace(full, transform=transform, nvp=nvp)
         if full.out is None:
             full = replace(full, out=Path("runs") / Path(full.dataset).resolve().name)
         full._check(unsized and self.img_size is None)
@@ -192,6 +226,8 @@ class TrainConfig:
         need("patch_size", fits, f"a divisor of {self.img_size}")
         need("channels", self.channels % 64 == 0, "a multiple of 64")
         need("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        alone = self.dequantize is None or self.noise_type == "uniform"
+        need("dequantize", alone, "left out where noise_type is gaussian")
         need("stop_at", self.stop_at is None or self.stop_at >= 1, "at least 1")
 
     @property
@@ -223,19 +259,21 @@ class TrainConfig:
         for name, value in given.items():
             if isinstance(value, bool) and value != default[name]:
                 parts.append(f"--{name}" if value else f"--no_{name}")
-            elif value != default[name] and name != "dataset":
+            elif value != default.get(name) and name != "dataset":
                 parts.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of what the run computes (not of where and how it is carried out)."""
         values = {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
+        if self.dequantize != "variational":  # files of other runs stay as they were before there was such a choice
+            del values["dequantize"]
         return json.loads(json.dumps(values))
 
     def difference(self, other: dict[str, Any]) -> list[str]:
         """Names in FIXED whose value in `other` (a `to_json`) is not ours."""
         ours = self.to_json()
-        return [name for name in FIXED if ours[name] != other.get(name)]
+        return [name for name in FIXED if ours.get(name) != other.get(name)]
 
 
 def _fits(value: object, kind: Any) -> bool:

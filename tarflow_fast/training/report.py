@@ -8,10 +8,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tarflow_fast.files import write_atomic
+from tarflow_fast.training.folder import grid_path
 from tarflow_fast.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger("tarflow_fast")
 TIMED = 20  # steps before the time that is left is told; the first 5 of them warm up and are not counted
@@ -28,9 +32,13 @@ class Report:
         config, self.main = trainer.config, trainer.me.main
         self.every, self.batch_size, self.total = config.log_every, config.batch_size, trainer.total
         self.first, self.last = first, last
-        self.losses: list[float] = []
+        self.losses = trainer.losses
+        self.timed = 0  # steps of this process since the last line; the losses may be of the one before
         self.speeds: list[float] = []
         self.since = self.warm = time.perf_counter()
+        # A run that is over has told all to the board before, except a picture that it was killed at.
+        shows = config.tensorboard and trainer.writes and (last > first or not grid_path(config.out, first).is_file())
+        self.board = open_board(config.out / "tensorboard", first) if shows else None
         self.path = config.out / "metrics.jsonl" if trainer.writes else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +56,8 @@ class Report:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.board is not None:
+            self.board.close()
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -67,19 +77,24 @@ class Report:
         held_out: bits per dimension of held-out images after this step, where they were measured.
         """
         self.losses.append(line["loss"])
+        self.timed += 1
         mean_loss = statistics.fmean(self.losses)
         self._estimate(line["step"])
         if held_out is not None:
             line = line | {"heldout_bits_per_dim": held_out}
         if force or line["step"] % self.every == 0:
             now = time.perf_counter()
-            speed = len(self.losses) * self.batch_size / (now - self.since)
+            speed = self.timed * self.batch_size / (now - self.since)
             self.speeds.append(speed)
-            self.losses, self.since = [], now
+            self.losses.clear()
+            self.since, self.timed = now, 0
             line = line | {"mean_loss": mean_loss, "images_per_second": speed}
             if self.path:
                 with self.path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+            if self.board is not None:
+                for name, value in line.items():
+                    self.board.add_scalar(name, value, line["step"])
             bits = "" if held_out is None else f", held out {held_out:.4f} bits/dim"
             if self.bar is not None:
                 self.bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:.0f} images/s{bits}")
@@ -87,13 +102,35 @@ class Report:
                 log.info("step %d/%d  loss %.4f  %.0f images/s%s", line["step"], self.total, mean_loss, speed, bits)
         if self.bar is not None:
             self.bar.update()
-        result = {"loss": mean_loss}
-        if self.speeds:
-            result["images_per_second"] = round(statistics.median(self.speeds), 1)
+        return self._result(line | {"mean_loss": mean_loss})
+
+    def latest(self) -> dict[str, float]:
+        """What `step` gave for the last line of metrics.jsonl; {} where there is none."""
+        lines = [] if self.path is None else lines_of(self.path)
+        return self._result(json.loads(lines[-1])) if lines else {}
+
+    def _result(self, line: dict[str, float]) -> dict[str, float]:
+        result = {"loss": line["mean_loss"]}
+        if self.speeds or "images_per_second" in line:
+            speeds = self.speeds or [line["images_per_second"]]
+            result["images_per_second"] = round(statistics.median(speeds), 1)
         for name in ("bits_per_dim", "heldout_bits_per_dim"):
             if name in line:
                 result[name] = line[name]
         return result
+
+    def picture(self, picture: Image, step: int) -> None:
+        """Shows a grid of samples on the board, where there is one, before its file says that this was done."""
+        if self.board is not None:
+            import numpy as np
+
+            self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what the board still holds in memory. Else a process that is killed would take it along."""
+        if self.board is not None:
+            self.board.flush()
 
     def _estimate(self, step: int) -> None:
         """After TIMED steps, once: how long the rest will take. Not for runs that are nearly over by then."""
@@ -104,6 +141,25 @@ class Report:
             each = (time.perf_counter() - self.warm) / (TIMED - WARMUP)
             left = (self.last - step) * each
             self.say(f"{duration(left)} to go: {self.last - step} steps, {each:.3g} s a step in the first {TIMED}")
+
+
+def open_board(folder: Path, first: int) -> Any:
+    """TensorBoard's writer. Steps after `first` belong to work that was lost, and TensorBoard does not show them.
+
+    Raises ModuleNotFoundError where tensorboard is not installed.
+    """
+    return board_writer()(str(folder), purge_step=first + 1)
+
+
+def board_writer() -> Any:
+    """TensorBoard's class of writers. Raises ModuleNotFoundError where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "train: --tensorboard needs a package that is not installed: pip install 'tarflow-fast[tensorboard]'"
+        ) from error
+    return SummaryWriter
 
 
 def duration(seconds: float) -> str:

@@ -1,13 +1,15 @@
 """Everything a training run needs to go on exactly: one safetensors file, written whole or not at all.
 
 The file holds tensors and one JSON header, nothing that executes: `model.*`, `ema.*`, `optimizer.<parameter>.*`,
-`rng.*`, and {"format", "step", "config"}. Noise, dropped labels and data order are functions of (seed, step), and
-the learning rate of (config, step), so the step is all their state. Equal runs write equal bytes.
+`rng.*`, `report.*`, where noise is learned `dequantizer.*` and `dequantizer_ema.*`, and {"format", "step", "config"}.
+What is drawn, dropped labels and data order are functions of (seed, step), and the learning rate of (config, step), so
+the step is all their state. Equal runs write equal bytes.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,31 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_state(
-    path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, step: int, config: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    ema: Ema,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    config: dict[str, Any],
+    losses: Sequence[float] = (),
+    more: dict[str, nn.Module] | None = None,
 ) -> None:
-    """Writes the state after `step` steps to path, by way of a temporary file, fsync and rename."""
+    """Writes the state after `step` steps to path, by way of a temporary file, fsync and rename.
+
+    more: what is trained beside the model, by name.
+    losses: of the steps that no line of metrics.jsonl tells yet, so that its next line will be the same after all.
+    """
     from safetensors.torch import save_file
 
     from tarflow_fast.files import write_atomic
 
     tensors = {f"model.{name}": value for name, value in _weights(model).items()}
     tensors |= {f"ema.{name}": value for name, value in _weights(ema.model).items()}
+    for kind, module in (more or {}).items():
+        tensors |= {f"{kind}.{name}": value for name, value in _weights(module).items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+    tensors["report.losses"] = torch.tensor(losses, dtype=torch.float64)
     tensors["rng.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -81,16 +97,25 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], int, dict[str, Any]
 
 
 def load_state(
-    tensors: dict[str, torch.Tensor], path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
-) -> None:
-    """Puts the tensors of `read_state` back; ValueError naming path, before any is put back, if they do not fit."""
-    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "rng": {}}
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    model: nn.Module,
+    ema: Ema,
+    optimizer: torch.optim.Optimizer,
+    more: dict[str, nn.Module] | None = None,
+) -> list[float]:
+    """Puts the tensors of `read_state` back, and returns the losses that `save_state` was given.
+
+    Raises ValueError naming path, before any tensor is put back, if they do not fit.
+    """
+    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "rng": {}, "report": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
         groups.setdefault(kind, {})[rest] = value
-    for kind, module in (("model", model), ("ema", ema.model)):
+    modules = {"model": model, "ema": ema.model} | (more or {})
+    for kind, module in modules.items():
         expected = {name: tuple(value.shape) for name, value in _weights(module).items()}
-        got = {name: tuple(value.shape) for name, value in groups[kind].items()}
+        got = {name: tuple(value.shape) for name, value in groups.get(kind, {}).items()}
         if expected != got:
             name = sorted(n for n in expected.keys() | got.keys() if expected.get(n) != got.get(n))[0]
             shapes = f"expected {expected.get(name)}, got {got.get(name)}"
@@ -99,9 +124,10 @@ def load_state(
     for name, value in groups["optimizer"].items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
-    model.load_state_dict(groups["model"])
-    ema.model.load_state_dict(groups["ema"])
+    for kind, module in modules.items():
+        module.load_state_dict(groups[kind])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(groups["rng"]["torch"])
     if torch.cuda.is_available() and "cuda" in groups["rng"]:
         torch.cuda.set_rng_state(groups["rng"]["cuda"])
+    return groups["report"]["losses"].tolist() if "losses" in groups["report"] else []

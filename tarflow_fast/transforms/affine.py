@@ -18,6 +18,16 @@ class Affine:
 
     name = "affine"
     parts = ("a", "b")  # of a token's parameters, D numbers each
+    guided = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     def forward(
         self, x: Tensor, parameters: Tensor, flip: bool = False, backend: str = "auto"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tarflow_fast.net import CausalNet, Order
-from tarflow_fast.transforms.affine import Affine
-from tarflow_fast.transforms.shift import Shift
+from tarflow_fast.transforms.named import Transform
 
 __all__ = ["Bijection"]
 
@@ -18,5 +17,5 @@ class Bijection(NamedTuple):
     """
 
     net: CausalNet
-    transform: Affine | Shift
+    transform: Transform
     order: Order

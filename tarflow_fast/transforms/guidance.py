@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast.dtypes import wide_dtype
+from tarflow_fast.transforms.named import Transform
 from tarflow_fast.validate import check_number
 
 
@@ -50,6 +51,14 @@ class Guidance:
     @property
     def active(self) -> bool:
         return self.weight > 0
+
+    def check(self, transform: Transform) -> None:
+        """Raise ValueError where this would guide a transform that has no rule for it."""
+        if self.active and not transform.guided:
+            raise ValueError(
+                f"{self.where}: guidance must be 0 for the transform {str(transform)!r}, because no rule has been "
+                f"published for guiding its parameters, got {self.weight}"
+            )
 
     def why_idle(self, labels: bool) -> str:
         """Why it changes nothing although something was asked for, with labels or without; "" otherwise."""

@@ -17,6 +17,16 @@ class Shift:
 
     name = "shift"
     parts = ("b",)  # of a token's parameters, D numbers each
+    guided = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     def forward(
         self, x: Tensor, parameters: Tensor, flip: bool = False, backend: str = "auto"

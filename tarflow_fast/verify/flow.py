@@ -70,6 +70,8 @@ def verify_flow(
     where = "verify_flow"
     if not isinstance(flow, TokenFlow):
         raise TypeError(f"{where}: flow must be a TokenFlow or a TarFlow, got {type(flow).__name__}")
+    if others := [str(block.transform) for block in flow.blocks if block.transform.name not in ("affine", "shift")]:
+        raise ValueError(f"{where}: flow must have the transform affine or shift, got {others[0]}: no limit is derived")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"{where}: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
     directions = check_positive_int(where, "directions", directions)

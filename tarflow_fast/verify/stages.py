@@ -58,7 +58,7 @@ def log_scales(block: MetaBlock, tokens: Tensor, y: Tensor | None, backend: str)
     seen = block.order.take(tokens)
     known = torch.isfinite(seen).all(dim=2, keepdim=True).cumprod(dim=1).bool()
     h = block.embed(seen.where(known, 0), block.order.take(block.pos_embed, 0), block.class_embedding(y))
-    parameters = block.proj_out(fused_layers(block.attn_blocks, h, backend))
+    parameters = block.project(fused_layers(block.attn_blocks, h, backend))
     a = parameters.chunk(len(parts), dim=-1)[parts.index("a")].where(known, 0)
     return (a if a.dtype == torch.float64 else a.float())[:, :-1]
 

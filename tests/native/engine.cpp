@@ -1,5 +1,6 @@
-// The engine without Python, for the sanitizers. It packs, inverts and runs passes of two small blocks in every
-// precision, split and number of threads, in one call and stage by stage. The bits must always be those of one thread.
+// The engine without Python, for the sanitizers. It packs two small blocks, inverts them token by token and by windows,
+// and runs passes, in every precision, split and number of threads, in one call and piece by piece. The bits must always
+// be those of one thread, and those of windows without tolerance the bits of one token after another.
 //
 // The arguments are the instruction sets to run. Those that the machine lacks are left out. Exit status 0 means that
 // all is well.
@@ -59,7 +60,32 @@ struct Case {
     const int32_t* places() const { return order.empty() ? nullptr : order.data(); }
 };
 
-// Gives log_det and x of the inverse, and then a and b of passes over windows of up to three tokens of x.
+// Gives log_det, x and what was done in an inversion by windows of up to three tokens.
+int run_windows(const Case& c, const tf_plan* plan, tf_workspace* space, tf_inversion in, int threads, double seconds,
+                float tolerance, std::vector<double>& result) {
+    const int64_t B = c.batch, T = c.block.tokens;
+    std::vector<float> x(B * T * c.block.token_size), residual(B);
+    std::vector<double> log_det(B);
+    std::vector<int64_t> accepted((T - 1) * B);
+    std::vector<tf_window_row> rows(B);
+    in.x = x.data(), in.log_det = log_det.data();
+    tf_windows state = {};
+    state.rows = rows.data(), state.accepted = accepted.data(), state.residual = residual.data();
+    state.window = 3, state.call_tokens = 8, state.tolerance = tolerance;
+    do {
+        CHECK(tf_invert_windows(plan, space, &in, &state, seconds, threads) == TF_OK);
+    } while (state.solved < B * (T - 1));
+    CHECK(state.passes > 0 && state.passes < T && state.width == 0);
+    result.insert(result.end(), log_det.begin(), log_det.end());
+    result.insert(result.end(), x.begin(), x.end());
+    if (tolerance == 0.0f) return 0;
+    result.insert(result.end(), accepted.begin(), accepted.end());
+    result.insert(result.end(), residual.begin(), residual.end());
+    for (const tf_window_row& row : rows) CHECK(row.final_place == T - 1);
+    return 0;
+}
+
+// Gives log_det and x of the inverse, the same of inversions by windows, and then a and b of passes over windows of up to three tokens of x.
 int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::vector<double>& result) {
     const tf_block& s = c.block;
     const int64_t B = c.batch, T = s.tokens, D = s.token_size, R = c.rows(), out = D * (1 + s.transform), window = 3;
@@ -77,6 +103,10 @@ int run(const Case& c, const tf_plan* plan, int threads, double seconds, std::ve
     for (int64_t stage = 0; stage < stages;) CHECK(tf_invert(plan, space, &in, &stage, seconds, threads) == TF_OK);
     result.assign(log_det.begin(), log_det.end());
     result.insert(result.end(), x.begin(), x.end());
+    const size_t exact = result.size();
+    if (run_windows(c, plan, space, in, threads, seconds, 0.0f, result)) return 1;
+    CHECK(memcmp(result.data(), result.data() + exact, exact * sizeof(double)) == 0);
+    if (run_windows(c, plan, space, in, threads, seconds, 0.5f, result)) return 1;
     for (int64_t position = 0; position < T; position += window) {
         const int64_t W = T - position < window ? T - position : window;
         std::vector<float> tokens, ab(R * W * out);

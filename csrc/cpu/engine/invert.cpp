@@ -2,8 +2,8 @@
 //
 // Work is counted in stages, L + 2 for a token (embed, the layers, the tail), so that a run can stop and go on between
 // any two of them.
+#include "guided.h"
 #include "run.h"
-#include "transforms/transforms.h"
 
 namespace tf::TF_ISA {
 namespace {
@@ -25,34 +25,16 @@ struct Job {
     const float* z(int64_t b, int64_t i) const { return in.z + (b * plan.shape.T + token(i)) * plan.shape.D; }
 };
 
-// The parameters of one token of one batch row, (PARTS, D), after guidance. With p those of the conditional row
-// and q those of the unguided row they are p + g (p - q) in the parts that guidance acts on, and p in the others.
-template <int PARTS>
-struct Guided {
-    const float *own, *unguided;  // unguided is nullptr without guidance
-    int64_t D;
-    vf strength;  // g
-    bool acts_on[PARTS];
-
-    vf load(int part, int64_t d, int n) const {
-        const vf value = load_part(own + part * D + d, n);
-        if (!unguided || !acts_on[part]) return value;
-        return fma(strength, value - load_part(unguided + part * D + d, n), value);
-    }
-};
-
 template <class Transform>
 void update(const Job& job, Range rows, int64_t i) {
     const Shape& s = job.plan.shape;
-    Guided<Transform::PARTS> parameters = {nullptr, nullptr, s.D, zero(), {}};
-    for (int part = 0; part < Transform::PARTS; ++part) parameters.acts_on[part] = job.in.guided_parts >> part & 1;
+    Guided<Transform::PARTS> parameters(s, job.in.guided_parts, job.in.annealed);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
-        parameters.own = job.space.ab + b * job.share * stride(s.out);
-        if (job.share == 2) {
-            const double weight = job.in.guidance[b];
-            parameters.unguided = parameters.own + stride(s.out);
-            parameters.strength = splat(float(job.in.annealed ? weight * double(i + 1) / double(s.T - 1) : weight));
-        }
+        const float* own = job.space.ab + b * job.share * stride(s.out);
+        if (job.share == 2)
+            parameters.take(own, own + stride(s.out), job.in.guidance[b], i);
+        else
+            parameters.take(own);
         job.in.log_det[b] += Transform::inverse(job.z(b, i + 1), parameters, s.D, job.x(b, i + 1));
     }
 }

@@ -51,7 +51,7 @@ inline bool share_sums(const Plan& plan, const Team& team, int64_t rows) {
     return team.size > 1 && team.size <= plan.shape.parts && rows <= PART_ROWS && plan.bytes <= SMALL_PLAN;
 }
 
-// A pass as one thread sees it. The constructor's caller sets position, query_scale and order.
+// A pass as one thread sees it. The constructor's caller sets what has a default.
 struct Pass {
     const Plan& plan;
     Workspace& space;
@@ -66,6 +66,9 @@ struct Pass {
     float* const h;                      // [m][stride(C)]
     Clock* const clock;                  // of this thread
     int64_t position = 0;                // of the first token of the window, in net order
+    const int64_t* positions = nullptr;  // of each unit of rows; nullptr: `position` for all
+    const int64_t* slots = nullptr;      // the unit of the cache in which each unit of rows is kept; nullptr: their own
+    int64_t unit = 1;                    // rows of a unit: 2 under guidance
     const float* query_scale = nullptr;  // [R]: 1 over the temperature of the row; nullptr stands for 1
     const int32_t* order = nullptr;      // [T]: the row of pos_embed of the i-th token that the net sees; nullptr: i
 
@@ -91,6 +94,8 @@ struct Pass {
         return {share(n, parts.begin, plan.shape.parts).begin, share(n, parts.end - 1, plan.shape.parts).end};
     }
     int64_t row_of(int64_t m) const { return window == 1 ? m : m / window; }
+    int64_t position_of(int64_t row) const { return positions ? positions[row / unit] : position; }
+    int64_t kept_at(int64_t row) const { return slots ? slots[row / unit] * unit + row % unit : row; }
 };
 
 template <class Precision>
@@ -158,7 +163,7 @@ struct Stages {
         const Range mine = p.by_parts ? Range{0, panels(s.C)} : p.team.mine(panels(s.C));
         product(p, p.plan.in, mine, stride(s.D), load_tokens, [&](const Tile& tile) {
             each(tile, s.C, [&](vf y, int64_t m, int64_t c, int n) {
-                const int64_t row = p.row_of(m), at = p.position + m - row * p.window;
+                const int64_t row = p.row_of(m), at = p.position_of(row) + m - row * p.window;
                 const float* pos = p.plan.pos + (p.order ? p.order[at] : at) * s.C;
                 y += load_part(pos + c, n);
                 if (s.classes) y += load_part(tokens.class_embedding(p.plan, row) + c, n);
@@ -172,7 +177,8 @@ struct Stages {
 
     static Cache* keys(const Pass& p, int64_t layer, int64_t row, int64_t head) {
         const Shape& s = p.plan.shape;
-        return static_cast<Cache*>(p.space.cache) + ((layer * p.space.rows + row) * s.H + head) * (s.Tp * 2 * s.Ep);
+        const int64_t at = layer * p.space.rows + p.kept_at(row);
+        return static_cast<Cache*>(p.space.cache) + (at * s.H + head) * (s.Tp * 2 * s.Ep);
     }
 
     // Takes a tile of qkv: it scales and keeps queries, and appends keys and values to the cache in place. Where the
@@ -189,7 +195,7 @@ struct Stages {
             const int64_t head = group * s.group + in_group;
             if (in_group >= s.group || head >= s.H) return;
             for (int64_t r = 0; r < tile.rows; ++r) {
-                const int64_t m = tile.row + r, row = p.row_of(m), t = p.position + m - row * p.window;
+                const int64_t m = tile.row + r, row = p.row_of(m), t = p.position_of(row) + m - row * p.window;
                 const float* y = tile.y + r * PANEL + chunk;
                 if (which == 0) {
                     const float factor = p.query_scale ? logits * p.query_scale[row] : logits;
@@ -211,7 +217,7 @@ struct Stages {
         const int64_t m = row * p.window;
         Attention<Query, Cache, Operand> job = {};
         job.E = s.E, job.Ep = s.Ep, job.Tp = s.Tp;
-        job.queries = p.window, job.position = p.position;
+        job.queries = p.window, job.position = p.position_of(row);
         job.q_stride = stride(s.H * s.Ep);
         job.q = static_cast<const Query*>(p.space.q) + m * job.q_stride + head * s.Ep;
         job.keys = keys(p, layer, row, head), job.values = job.keys + s.Tp * s.Ep;

@@ -1,4 +1,4 @@
-"""The reference as a good PyTorch user would improve it. The engine has to beat this too, not only the published code.
+"""The reference as a good PyTorch user would improve it: it stands for what is possible without any compiled code.
 
 The cache is preallocated, both guidance passes run in one batch, flips are indices, and the layer can run under
 torch.compile.

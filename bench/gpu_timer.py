@@ -1,14 +1,7 @@
-"""Times, machine and results of a GPU run.
+"""Times by CUDA events, and what the figures of a GPU run depend on."""
 
-Times are taken by CUDA events. Each result is a median with the 20 and 80 % quantiles, and is saved as it comes.
-"""
-
-import csv
 import datetime
-import json
-import os
 import platform
-import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -16,22 +9,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = ["section", "name", "variant", "model", "B", "guided", "dtype", "median_ms", "p20_ms", "p80_ms", "runs"]
-COLUMNS += ["GB_s", "TFLOP_s", "share_of_peak", "note"]
-DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12)}  # bytes/s, bf16 FLOP/s
-
-
-class Budget:
-    """The seconds that a run may take, and how many of them are left."""
-
-    def __init__(self, seconds):
-        self.end, self.start = time.monotonic() + seconds, time.monotonic()
-
-    def left(self):
-        return self.end - time.monotonic()
-
-    def spent(self):
-        return time.monotonic() - self.start
 
 
 class Timer:
@@ -132,74 +109,3 @@ def _told(*command):
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-class Record:
-    """Rows and checks. All are written to `folder` after each new one."""
-
-    def __init__(self, folder, facts):
-        self.folder, self.facts, self.rows, self.checks, self.skipped = Path(folder), facts, [], [], []
-        self.peaks = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def check(self, name, ok, detail=""):
-        print(f"  {'ok  ' if ok else 'FAIL'} {name}  {detail}", flush=True)
-        self.checks.append({"name": name, "ok": bool(ok), "detail": detail})
-        self.save()
-
-    def skip(self, name, why):
-        print(f"  not run: {name}: {why}", flush=True)
-        self.skipped.append({"name": name, "why": why})
-        self.save()
-
-    def row(self, section, name, variant, times, *, scale=1.0, moved=None, flops=None, **about):
-        """Adds a row.
-
-        times: in ms, each of which is multiplied by `scale`. moved: bytes that the scaled time moves; flops: likewise.
-        """
-        times = sorted(scale * t for t in times)
-        cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-        median = statistics.median(times)
-        row = dict.fromkeys(COLUMNS, "") | about | {"section": section, "name": name, "variant": variant}
-        row |= {"median_ms": f"{median:.4g}", "runs": len(times)}
-        row |= {"p20_ms": f"{cuts[0]:.4g}", "p80_ms": f"{cuts[3]:.4g}"}
-        shares = []
-        if moved:
-            row["GB_s"] = f"{moved / median / 1e6:.4g}"
-            shares.append(moved / self.peaks["bytes"])
-        if flops:
-            row["TFLOP_s"] = f"{flops / median / 1e9:.4g}"
-            shares.append(flops / self.peaks["flops"])
-        if shares:
-            row["share_of_peak"] = f"{max(shares) * 1e3 / median:.1%}"
-        self.rows.append(row)
-        shown = [str(row[c]) for c in ("section", "name", "variant", "model", "B", "guided", "dtype") if row[c] != ""]
-        print(f"  {' '.join(shown)}: {row['median_ms']} ms  {row['share_of_peak']}", flush=True)
-        self.save()
-        return median
-
-    def save(self):
-        with open(self.folder / "gpu.csv.part", "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(self.folder / "gpu.csv.part", self.folder / "gpu.csv")
-        facts = {"machine": self.facts, "peaks": self.peaks, "checks": self.checks, "not_run": self.skipped}
-        (self.folder / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (self.folder / "gpu.md").write_text(self.markdown())
-
-    def markdown(self):
-        head = [f"- {key}: {value}" for key, value in self.facts.items()]
-        if self.peaks:
-            copied, multiplied = self.peaks["bytes"] / 1e12, self.peaks["flops"] / 1e12
-            head.append(f"- measured peaks: {copied:.2f} TB/s copied, {multiplied:.0f} TFLOP/s bf16")
-        lines = ["# GPU", "", *head, "", "## Checks", ""]
-        lines += [f"- {'ok' if c['ok'] else '**FAILED**'}: {c['name']} {c['detail']}" for c in self.checks]
-        lines += [f"- not run: {s['name']} ({s['why']})" for s in self.skipped]
-        lines += ["", "## Times", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        lines += ["| " + " | ".join(str(row[c]) for c in COLUMNS) + " |" for row in self.rows]
-        return "\n".join(lines) + "\n"
-
-    @property
-    def ok(self):
-        return all(check["ok"] for check in self.checks)

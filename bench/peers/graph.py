@@ -1,41 +1,11 @@
-"""What the GPU inverse is compared with, one flow block at a time, under bf16 autocast or its like:
+"""The inverse as one CUDA graph of PyTorch's kernels: it stands for the fastest sampling that needs no kernel of ours.
 
-published   the reference's step as it is: a Python loop, a cache that grows by torch.cat, two passes for guidance
-improved    a preallocated cache, and both passes in one batch (peers.py)
-graph       the same with a static cache, read whole behind a mask, as one CUDA graph; optionally under torch.compile
+The cache is static and is read whole behind a mask, both guidance passes run in one batch, and a step is one graph,
+optionally under torch.compile.
 """
 
 import torch
 from torch.nn import functional as F
-
-from tarflow_fast import reference
-
-
-def published_step(block, B, guided, position, dtype, device):
-    """A callable that runs the published step at `position`, with a cache as long as it is by then."""
-    C, D = block.pos_embed.size(1), block.proj_in.in_features
-    H, E = C // 64, 64
-
-    def filled():
-        cache = reference.KVCache(len(block.attn_blocks))
-        for layer in range(len(block.attn_blocks)):
-            cache.keys[layer] = torch.randn(B, H, position, E, dtype=dtype, device=device)
-            cache.values[layer] = torch.randn(B, H, position, E, dtype=dtype, device=device)
-        return cache
-
-    caches = [filled() for _ in range(1 + guided)]
-    kept = [(list(cache.keys), list(cache.values)) for cache in caches]
-    token, pos = torch.randn(B, 1, D, device=device), block.pos_embed[None, position : position + 1]
-
-    @torch.no_grad()
-    def run():
-        for cache, (keys, values) in zip(caches, kept, strict=True):
-            cache.keys, cache.values = list(keys), list(values)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                a, b = block.step(token, pos, block.class_embedding(None), cache)
-        return a.exp() * token + b
-
-    return run
 
 
 class GraphSampler:
