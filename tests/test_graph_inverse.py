@@ -162,8 +162,8 @@ def test_no_rows_and_one_token(triton_device):
 
 @pytest.mark.interpreter
 def test_a_whole_model(triton_device):
-    # At scale 0.3 some draws reach 1e8, and then the largest of a few errors is luck: 3 of 14 draws of noise exceeded the
-    # rule. At 0.2 none of 12 did, and the worst took 0.78 of its bound.
+    # At scale 0.3 some draws reach 1e8, and then the largest of a few errors is luck: 3 of 14 draws of noise exceeded
+    # the rule. At 0.2 none of 12 did, and the worst took 0.78 of its bound.
     model = random_flow(img_size=(2, 6), num_classes=3, scale=0.2, backend="triton").to(triton_device)
     reference_model, z = twin(model).to(triton_device), random_noise(model, 16).to(triton_device)
     y, arguments = torch.arange(16, device=triton_device) % 4 - 1, {"guidance": 1.2, "attn_temp": 0.8}
